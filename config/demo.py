@@ -1,0 +1,28 @@
+"""The demo: a model of about 1M parameters, pretrained on this Python's own standard library (see README)."""
+# what prepare.py makes
+dataset = "demo"
+corpora = ("stdlib",)
+tokenizer = "data/demo.tiktoken"
+bpe_size = 1022  # and two special tokens: 1024 = 16 * 64 rows
+instruct = ("stdlib", "family")
+source = "data/demo-instruct.jsonl"
+dest = "data/demo-edits.jsonl"
+benchmark = "data/demo-problems.jsonl"
+_samples = 2
+
+# the model
+out_dir = "out-demo"
+block_size = 256
+n_layer, n_head, n_embd = 4, 4, 128
+
+# 16 rows * 256 tokens = 4,096 tokens a step
+batch_size = micro_batch = 16
+max_iters = 600
+optimizer = "muon"
+learning_rate = 3e-3
+muon_lr = 0.02
+warmup_iters = 30
+weight_decay = 0.01
+eval_interval = 200
+eval_batches = 8
+log_interval = 20

@@ -1,0 +1,178 @@
+"""A prompt to a program: the model writes edits, they are applied as they come, and the program grows on the screen.
+
+    python sample.py                                            # the newest checkpoint, a sample instruction
+    python sample.py --prompt="Write a function that ..." --num_samples=3 --out=file.py
+    echo "Write a function that ..." | python sample.py --init_from=out-150m-edits
+
+The program goes to standard output or --out, what the model wrote (the edits, in colour on a terminal) to standard
+error. Nothing that a model writes is run here. Left out: chat, and prompts longer than the model's block_size.
+"""
+import json
+import sys
+from pathlib import Path
+
+import config
+import lintseq
+import prepare
+
+
+class Settings:
+    init_from = ""  # a folder with ckpt.pt, or a Hugging Face model; empty: out_dir, else the newest out*/ckpt.pt
+    out_dir = ""  # where a config file's own training run wrote
+    prompt = ""  # the instruction; empty: standard input, if something is piped in, else a held-out problem's
+    benchmark = "data/demo-problems.jsonl"  # JSONL of problems, whose first instruction is the sample prompt
+    out = ""  # write the program to this file (with --num_samples=3: file.py, file-1.py, file-2.py)
+    num_samples = 1
+    max_new_tokens = 512
+    temperature = 0.0  # 0 takes the likeliest token; the paper samples with 1 and top_p 0.95
+    top_p = 0.95
+    seed = 1337
+    device = "auto"  # cuda if there is one, mps, else cpu
+    dtype = "auto"  # bfloat16 on cuda, else float32
+
+
+def die(message):
+    print(f"sample.py: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def newest_checkpoint():
+    """The folder of the out*/ckpt.pt that was written last, or one line that says how to get one."""
+    found = sorted(Path(".").glob("out*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+    return str(found[-1].parent) if found else die(
+        "no checkpoint (out*/ckpt.pt) yet: `make demo` trains one in a quarter of an hour, "
+        "or name a folder or a Hugging Face model with --init_from")
+
+
+def load(init_from, device="auto", dtype="auto"):
+    """(model in evaluation mode on the device, its tokenizer, info: form, step, tokenizer, ...).
+
+    init_from: a folder with ckpt.pt (the tokenizer must be the one it was trained with) or a Hugging Face model.
+    SystemExit with one line if it cannot be had."""
+    import torch
+    from model import GPT
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    folder = Path(init_from)
+    try:
+        checkpoint = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        die(f"{init_from} has no ckpt.pt: train one (python train.py config/demo.py) or name another with --init_from")
+    except Exception as e:
+        die(f"{folder / 'ckpt.pt'} cannot be read: {str(e).splitlines()[0]}; put best.pt in its place or train anew")
+    info = {**checkpoint["meta"], "step": checkpoint["step"]}
+    enc = tokenizer_of(info, init_from)
+    return GPT.from_checkpoint(checkpoint).to(device, getattr(torch, dtype)).eval(), enc, info
+
+
+def tokenizer_of(info, init_from):
+    try:
+        enc = prepare.get_tokenizer(info["tokenizer"])
+    except (OSError, ValueError) as e:
+        die(f"{init_from} needs the tokenizer {info['tokenizer']}: {e}")
+    if prepare.fingerprint(enc) != info["fingerprint"]:
+        die(f"{init_from} was trained with another {info['tokenizer']} (fingerprint {info['fingerprint']}, the file's is "
+            f"{prepare.fingerprint(enc)}): put the old file back, or train again")
+    return enc
+
+
+def prompt_text(form, prompt):
+    """What the model reads: an instruction in the shape it was finetuned on, or the prompt itself ("text")."""
+    if form == "text":
+        return prompt
+    if form == "edits":
+        return lintseq.training_text(prompt, [])[0]
+    return prompt + ("" if prompt[-1:].isspace() else "\n")
+
+
+def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, seeds, stop=(), batch_size=64,
+             on_done=None, on_text=None):
+    """One raw text a prompt: what the model wrote up to end-of-text, a string of `stop` or max_new_tokens.
+
+    A prompt that leaves no room in block_size is answered with "". on_done(i, raw) is called as prompt i finishes,
+    in any order; on_text(i, text) as its text comes, in pieces of whole characters."""
+    ids = [enc.encode(prompt_text(form, p), allowed_special={prepare.DIFF}, disallowed_special=()) for p in prompts]
+    fits = [i for i, x in enumerate(ids) if 0 < len(x) < model.config.block_size]
+    tokens, done = [[] for _ in prompts], [None] * len(prompts)
+
+    def text_of(new):
+        text = enc.decode(new, errors="replace")
+        return text[:min((at for at in (text.find(s) for s in stop) if at >= 0), default=len(text))]
+
+    def stopped(new):  # a stop string ends in the last token, so it begins in the last few
+        tail = enc.decode(new[-24:], errors="replace")
+        return any(s in tail for s in stop)
+
+    def finish(i):
+        done[i] = text_of(tokens[i])
+        if on_done:
+            on_done(i, done[i])
+
+    def on_token(j, token):
+        i = fits[j]
+        if token is None:
+            return finish(i)
+        tokens[i].append(token)
+        if on_text and not enc.decode(tokens[i][-4:], errors="replace").endswith("\ufffd"):
+            on_text(i, text_of(tokens[i]))
+
+    for i in set(range(len(prompts))) - set(fits):
+        finish(i)
+    model.generate([ids[i] for i in fits], max_new_tokens, temperature=temperature, top_p=top_p,
+                   seeds=[seeds[i] for i in fits], stop_tokens=(enc.eot_token,), stop=stopped if stop else None,
+                   batch_size=batch_size, on_token=on_token)
+    return done
+
+
+def program(form, prompt, raw):
+    """(the program, a report) of what the model wrote: edits applied, a whole program as it is, or a prompt and its
+    continuation. The report counts hunks: edits, hunks, malformed (zero for programs)."""
+    if form == "edits":
+        return lintseq.apply_report(raw)
+    return (prompt + raw if form == "text" else raw), {"edits": 0, "hunks": 0, "malformed": 0}
+
+
+def main():
+    cfg = config.load(Settings)
+    prompt = cfg.prompt
+    if not prompt and not sys.stdin.isatty():
+        prompt = sys.stdin.read().rstrip("\n")
+    model, enc, info = load(cfg.init_from or cfg.out_dir or newest_checkpoint(), cfg.device, cfg.dtype)
+    form = info["form"]
+    if not prompt and form == "text":
+        prompt = "def "
+    elif not prompt and Path(cfg.benchmark).is_file():
+        prompt = json.loads(open(cfg.benchmark, encoding="utf-8").readline())["instruction"]
+    elif not prompt:
+        die("no --prompt, nothing on standard input, and no problems in --benchmark to take one from")
+    colour = sys.stderr.isatty()
+    for n in range(cfg.num_samples):
+        print(f"# {prompt}", file=sys.stderr)
+        shown = 0
+
+        def show(_, text):
+            nonlocal shown
+            piece, shown = text[shown:], len(text)
+            if colour and form == "edits":
+                piece = piece.replace("<|diff|>", "\033[2m<|diff|>\033[0m").replace("@@ -", "\033[36m@@ -")
+                piece = piece.replace("\n+", "\033[0m\n\033[32m+")
+            print(piece, end="", file=sys.stderr, flush=True)
+
+        raw, = complete(model, enc, form, [prompt], max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                        top_p=cfg.top_p, seeds=[cfg.seed + n], on_text=show)
+        print("\033[0m" if colour else "", file=sys.stderr)
+        source, report = program(form, prompt, raw)
+        if report["malformed"]:
+            print(f"# {report['malformed']} of {report['hunks']} hunks were malformed and left out", file=sys.stderr)
+        if cfg.out:
+            path = Path(cfg.out) if n == 0 else Path(cfg.out).with_stem(f"{Path(cfg.out).stem}-{n}")
+            path.write_text(source, encoding="utf-8")
+            print(f"# {path}", file=sys.stderr)
+        else:
+            print(source)
+
+
+if __name__ == "__main__":
+    main()

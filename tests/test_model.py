@@ -1,0 +1,126 @@
+"""model.py against transformers' OLMo, against itself without a cache, and against a plain cross-entropy."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, sample_tokens
+
+SMALL = dict(block_size=96, vocab_size=320, n_layer=3, n_head=4, n_embd=64)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)  # far from uniform, so that argmax and attention have something to decide
+    return model
+
+
+@pytest.mark.parametrize("shape, count", [((12, 12, 768), 151_879_680), ((24, 16, 1024), 454_164_480)])
+def test_published_parameter_counts(shape, count):
+    layers, heads, width = shape
+    with torch.device("meta"):
+        assert GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width)).num_params() == count
+
+
+def test_equals_transformers_olmo_both_ways(model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(theirs).__name__ == "OlmoForCausalLM"
+    idx = torch.randint(320, (3, 96))
+    with torch.no_grad():
+        ours, other = model(idx)[0], theirs(idx).logits
+        assert ours.std() > 0.5 and (ours - other).abs().max() < 1e-4
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = GPT.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(back(idx)[0], model(idx)[0])
+
+
+def test_refuses_what_it_cannot_compute(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"clip_qkv": null', '"clip_qkv": 8.0'))
+    with pytest.raises(ValueError, match="clip_qkv=8.0"):
+        GPT.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither ckpt.pt nor config.json"):
+        GPT.from_pretrained(tmp_path / "nothing")
+
+
+def test_loss_and_gradients_equal_plain_cross_entropy(model):
+    idx, targets = torch.randint(320, (4, 64)), torch.randint(320, (4, 64))
+    targets[torch.rand(4, 64) < 0.3] = -1
+    params = list(model.parameters())
+    loss = model(idx, targets)[1]
+    plain = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten(), ignore_index=-1)
+    assert abs(loss - plain) < 1e-5
+    for a, b in zip(torch.autograd.grad(loss * 3, params), torch.autograd.grad(plain * 3, params)):
+        assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
+    with torch.no_grad():
+        assert abs(model(idx, targets)[1] - plain) < 1e-5
+
+
+def test_chunks_do_not_change_the_loss(model):
+    from model import FusedCrossEntropy
+    x, targets = torch.randn(70, 64, requires_grad=True), torch.randint(-1, 320, (70,))
+    results = [torch.autograd.grad(FusedCrossEntropy.apply(x, model.wte.weight, targets, chunk, True), [x, model.wte.weight])
+               for chunk in (7, 1000)]
+    for a, b in zip(*results):
+        assert (a - b).abs().max() < 1e-4
+
+
+def test_packed_examples_see_only_themselves(model):
+    a, b = torch.randint(320, (1, 30)), torch.randint(320, (1, 25))
+    segments = torch.tensor([[0] * 30 + [1] * 25])
+    with torch.no_grad():
+        packed = model(torch.cat((a, b), 1), None, segments)[0]
+        assert (packed[:, :30] - model(a)[0]).abs().max() < 1e-4
+        assert (packed[:, 30:] - model(b)[0]).abs().max() < 1e-4
+        assert (model(torch.cat((a, b), 1))[0][:, 30:] - model(b)[0]).abs().max() > 0.1  # it does matter
+
+
+def greedy(model, prompt, n):
+    """What generate must give, by plain forward passes."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(n):
+            ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+def test_greedy_generation_equals_plain_forward(model):
+    prompts = [torch.randint(320, (n,)).tolist() for n in (1, 40, 7, 7, 95, 23, 3)]
+    out = model.generate(prompts, 20, temperature=0, batch_size=3)
+    assert out == [greedy(model, p, min(20, 96 - len(p))) for p in prompts]
+
+
+def test_stop_tokens_callbacks_and_streaming(model):
+    prompt = torch.randint(320, (9,)).tolist()
+    full = model.generate([prompt], 20, temperature=0)[0]
+    at = next(i for i in range(3, 20) if full[i] not in full[:i])
+    assert model.generate([prompt], 20, temperature=0, stop_tokens=(full[at],))[0] == full[:at]
+    assert model.generate([prompt], 20, temperature=0, stop=lambda new: len(new) == 5)[0] == full[:5]
+    seen = []
+    model.generate([prompt], 6, temperature=0, on_token=lambda i, t: seen.append(t))
+    assert seen == full[:6] + [None]
+    with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):
+        model.generate([prompt, []], 5)
+
+
+def test_a_sample_does_not_depend_on_its_batch(model):
+    prompts = [torch.randint(320, (n,)).tolist() for n in (5, 30, 12, 1, 60, 8)]
+    together = model.generate(prompts, 25, seeds=[9, 8, 7, 6, 5, 4], top_p=0.9, batch_size=4)
+    alone = [model.generate([p], 25, seeds=[s], top_p=0.9)[0] for p, s in zip(prompts, [9, 8, 7, 6, 5, 4])]
+    assert together == alone
+    assert model.generate(prompts[:1], 25, seeds=[1])[0] != model.generate(prompts[:1], 25, seeds=[2])[0]
+
+
+def test_sampling_follows_the_nucleus():
+    p = torch.tensor([0.1, 0.5, 0.15, 0.25])
+    u = (torch.arange(20_000) + 0.5) / 20_000
+    draw = lambda top_p, t=1.0: torch.bincount(sample_tokens(p.log().expand(20_000, 4), t, top_p, u), minlength=4) / 20_000
+    assert torch.allclose(draw(1.0), p, atol=1e-3)
+    assert torch.allclose(draw(0.7), torch.tensor([0, 2 / 3, 0, 1 / 3]), atol=1e-3)  # 0.5 + 0.25 >= 0.7
+    assert torch.allclose(draw(1.0, 0.5), p ** 2 / (p ** 2).sum(), atol=1e-3)
