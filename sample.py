@@ -22,11 +22,11 @@ class Settings:
     prompt = ""  # the instruction; empty: standard input, if something is piped in, else a held-out problem's
     benchmark = "data/demo-problems.jsonl"  # JSONL of problems, whose first instruction is the sample prompt
     out = ""  # write the program to this file (with --num_samples=3: file.py, file-1.py, file-2.py)
-    num_samples = 1
-    max_new_tokens = 512
+    num_samples = 1  # programs to write, with seeds seed, seed + 1, ...
+    max_new_tokens = 512  # at most, a sample
     temperature = 0.0  # 0 takes the likeliest token; the paper samples with 1 and top_p 0.95
-    top_p = 0.95
-    seed = 1337
+    top_p = 0.95  # nucleus
+    seed = 1337  # of the first sample
     device = "auto"  # cuda if there is one, mps, else cpu
     dtype = "auto"  # bfloat16 on cuda, else float32
 

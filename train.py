@@ -39,9 +39,9 @@ class Settings:
     seed = 1337  # of the weights and of the order of the data
     # the model (from `pretrained` where that is set)
     block_size = 1024  # tokens in a row
-    n_layer = 12
-    n_head = 12
-    n_embd = 768
+    n_layer = 12  # blocks
+    n_head = 12  # attention heads in each
+    n_embd = 768  # width of the residual stream
     # the batch
     batch_size = 1024  # rows of block_size tokens in an optimizer step, over all ranks
     micro_batch = 32  # rows in one forward pass of one rank; batch_size / (micro_batch * ranks) are accumulated
@@ -53,15 +53,15 @@ class Settings:
     muon_lr = 0.02  # the same for Muon's matrices
     min_lr = 0.1  # where the decay ends, as a fraction of learning_rate
     decay = "cosine"  # or "linear"
-    warmup_iters = 2000
-    weight_decay = 0.1
-    beta1 = 0.9
-    beta2 = 0.95
+    warmup_iters = 2000  # steps of linear warm-up
+    weight_decay = 0.1  # decoupled, on every matrix (there is nothing else)
+    beta1 = 0.9  # AdamW's
+    beta2 = 0.95  # AdamW's
     grad_clip = 1.0  # of the norm of all gradients; 0: off
     # the run
     eval_interval = 1000  # steps between evaluations; each saves a checkpoint
-    eval_batches = 64  # batches of micro_batch rows in an evaluation, the same each time; 0: all of val.bin
-    log_interval = 10
+    eval_rows = 2048  # validation rows in an evaluation, the same each time; 0: all of val.bin
+    log_interval = 10  # steps between lines
     device = "auto"  # cuda if there is one, mps, else cpu
     dtype = "auto"  # bfloat16 on cuda, else float32
     compile = "auto"  # "yes", "no"; auto: on cuda
@@ -123,7 +123,7 @@ class ExampleRows:
     than block_size loses its end, as the paper's do."""
 
     def __init__(self, folders, split, cfg):
-        self.T, self.seed, self.plan, self.starts = cfg.block_size, cfg.seed, [], []
+        self.T, self.seed, self.plan, self.epochs = cfg.block_size, cfg.seed, [], 0
         self.tokens = np.concatenate([np.fromfile(f / f"{split}.bin", dtype="<u2") for f in folders])
         tables, base = [], 0
         for f in folders:
@@ -156,16 +156,18 @@ class ExampleRows:
         return rows
 
     def rows_in(self, epochs):
-        while len(self.starts) < epochs:  # the order in which rows close is the order of their examples: shuffled
-            self.starts.append(len(self.plan))
-            self.plan += self.pack(len(self.starts) - 1)
+        while self.epochs < epochs:
+            self.plan += self.pack(self.epochs)
+            self.epochs += 1
         return len(self.plan)
 
     def row(self, i, shuffle=True):
-        """Tokens, targets (-1 where there is no loss), segments of the i-th row; (T,) arrays. Past the end: empty."""
+        """Tokens, targets (-1 where there is no loss), segments of the run's i-th row; (T,) arrays."""
         tokens, targets = np.zeros(self.T, np.int64), np.full(self.T, -1)
         segments, at = np.full(self.T, -1), 0
-        for e in self.plan[i] if i < len(self.plan) else ():
+        while i >= len(self.plan):
+            self.rows_in(self.epochs + 1)
+        for e in self.plan[i]:
             b, n = self.begin[e], self.length[e]
             tokens[at:at + n] = self.tokens[b:b + n]
             first = self.response[e] - b - 1  # the prompt's last token predicts the response's first
@@ -298,6 +300,8 @@ def main():
     cfg = config.load(Settings)
     if cfg.plot:
         return plot(cfg.paths)
+    if cfg.paths:
+        die(f"{cfg.paths[0]}: a config file lives in a folder named config/; logs go with --plot")
 
     # who and where we are: one process, or one of torchrun's
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -349,10 +353,7 @@ def main():
             "prepare the data with the model's tokenizer")
     tokens_a_step = cfg.batch_size * cfg.block_size
     max_iters = cfg.max_iters or math.ceil(train_rows.rows_in(cfg.epochs) / cfg.batch_size)
-    if isinstance(train_rows, ExampleRows):
-        train_rows.rows_in(cfg.epochs)
-        val_rows.rows_in(1)
-    val_n = val_rows.rows_in(1) if not cfg.eval_batches else min(val_rows.rows_in(1), cfg.eval_batches * micro)
+    val_n = min(val_rows.rows_in(1), cfg.eval_rows or sys.maxsize)
     shape = asdict(model.config)
     order = {k: getattr(cfg, k) for k in ("batch_size", "block_size", "seed", "optimizer", "dataset")}
     step, best = 0, math.inf
@@ -384,9 +385,9 @@ def main():
     say(f"{raw.num_params() / 1e6:.2f}M parameters, {cfg.block_size} tokens a row, {tokens_a_step:,} a step "
         f"({world} x {math.ceil(per_rank / micro)} x {micro} rows), {max_iters:,} steps, {device}, {dtype}")
     if isinstance(train_rows, ExampleRows):
-        used = sum(int(train_rows.length[e]) for row in train_rows.plan for e in row)
-        say(f"{len(train_rows.begin):,} examples x {cfg.epochs} epochs in {len(train_rows.plan):,} rows, "
-            f"{used / max(1, len(train_rows.plan) * cfg.block_size):.1%} full, {train_rows.truncated:,} truncated")
+        n = train_rows.rows_in(1)
+        say(f"{len(train_rows.begin):,} examples, {len(train_rows.begin) / n:.1f} to a row, rows "
+            f"{train_rows.length.sum() / (n * cfg.block_size):.1%} full, {train_rows.truncated:,} examples truncated")
 
     stop = []  # the signal that asks us to end: save first
     for s in (signal.SIGTERM, signal.SIGINT):
@@ -445,8 +446,10 @@ def main():
     begun = tick = time.time()
     ticked = first = step
     while True:
-        if step % cfg.eval_interval == 0 and step > first or step == max_iters or step == 0:
+        if step % cfg.eval_interval == 0 and step > first or step in (0, max_iters):
             val = evaluate()
+            if not math.isfinite(val):
+                die(f"validation loss {val} at step {step}; {out}/ckpt.pt is the last good state: lower the learning rate")
             if step:
                 better, best = val < best, min(best, val)
                 state = checkpoint_now()
@@ -481,7 +484,7 @@ def main():
             o.zero_grad(set_to_none=True)
         step += 1
 
-        if step % cfg.log_interval == 0 or step == max_iters or step == first + 1:
+        if step % cfg.log_interval == 0 or step in (1, max_iters):
             if world > 1:
                 dist.all_reduce(total)
             loss, norm = total.item(), norm.item()

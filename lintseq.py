@@ -1,0 +1,514 @@
+"""A program to a sequence of edits and back: LintSeq and RandSeq (arXiv 2410.02749), and the diff format both ways.
+
+    python lintseq.py some_file.py                                        # one edit sequence of a file, to look at
+    python lintseq.py --source=in.jsonl --dest=out.jsonl --samples=5      # instruction data in bulk, on all cores
+    torchrun --nproc_per_node=4 lintseq.py config/finetune_150m.py        # or srun: each rank takes its share
+
+LintSeq works backward: while lines of code are left, draw one uniformly, delete it and whatever its deletion breaks
+(its indented children; then every line where the linter reports an error, with its children, until it is silent).
+What went together is one edit. Forward, the edits are inserted in the opposite order: the first state is empty, the last
+is the program, and every state between parses and has no linter error. The linter is pyflakes.
+
+Where this differs from the published generator, and why it is better data: it deletes statements, not lines. A call over
+five lines, a triple-quoted text, a decorated `def`, a line continued by a backslash go as a whole (drawn once for each
+of their lines), an `else`, `except`, `finally` or `case` clause falls with the `if`, `try` or `match` that it needs, and
+a clause or block that is left empty falls with its last statement. Line by line a linter would chew through them too,
+but into states whose halves only happen to parse. Blank lines and comments are never drawn (as published): they fall
+with the block that they stand in, or come in with the first edit.
+"""
+import ast
+import json
+import multiprocessing
+import os
+import random
+import re
+import sys
+import time
+from bisect import bisect
+from collections import Counter
+from pathlib import Path
+
+from pyflakes import messages as m
+from pyflakes.checker import Checker
+
+import config
+
+DIFF, END = "<|diff|>", "<|endoftext|>"
+
+
+class Settings:
+    source = ""  # JSONL with `instruction` and `response` in each row
+    dest = ""  # JSONL with `edit_path`, `index`, `source_instruction`, `source_response`
+    samples = 5  # edit sequences a program
+    seed = 1337  # of all draws; a row's sequences depend on the seed and the row's number alone
+    workers = 0  # processes; 0: one for each core
+    method = "lintseq"  # or "randseq": random sets of lines, no linter (the paper's ablation)
+    paths = ()  # Python files to show
+
+
+# -- The linter -------------------------------------------------------------------------------------------------------
+
+ERRORS = (  # what would raise when run, or cannot be compiled
+    m.UndefinedName, m.UndefinedLocal, m.UndefinedExport, m.DuplicateArgument, m.ReturnOutsideFunction,
+    m.YieldOutsideFunction, m.ContinueOutsideLoop, m.BreakOutsideLoop, m.DefaultExceptNotLast,
+    m.TwoStarredExpressions, m.TooManyExpressionsInStarredAssignment, m.ForwardAnnotationSyntaxError)
+# Not errors: what is unused (imports, variables, annotations, indirect assignments), for a program under construction
+# uses its names later; what is redefined or repeated (a conditional definition, a dictionary key); matters of taste or
+# doubt (`is` with a literal, assert or if on a tuple, f-strings without placeholders, star imports); format strings
+# that do not fit their arguments, which depend on values; doctests, which are text.
+
+
+def lint(source):
+    """Errors of a program: a list of (line, message), empty if it is clean. SyntaxError or ValueError if it does not
+    parse."""
+    return lint_tree(ast.parse(source))
+
+
+def lint_tree(tree):
+    found = [x for x in Checker(tree).messages if isinstance(x, ERRORS)]
+    return [(x.lineno, x.message % x.message_args) for x in sorted(found, key=lambda x: (x.lineno, x.col))]
+
+
+# -- A program as units, each deleted as a whole ----------------------------------------------------------------------
+
+class Unit:
+    """Statements that share their lines, or one clause of a compound statement: its header and the units below it."""
+
+    def __init__(self, parent, nodes, block, keyword="", body=None):
+        self.parent, self.alive, self.lines, self.units, self.body = parent, True, [], [], body
+        self.nodes, self.block = nodes, block  # the syntax nodes that go when it is deleted, and the list they stand in
+        self.keyword = keyword  # of a clause: "main", "elif", "else", "except", "finally", "case"
+        self.clauses = ()  # all clauses of the compound statement, the main one first; shared by them
+
+
+class Program:
+    """A parsed source whose units can be deleted, from its lines and from its syntax tree at once, so that the linter
+    sees every state without another parse. ValueError (SyntaxError among them) where it cannot be written as edits."""
+
+    def __init__(self, source):
+        if "\r" in source.replace("\r\n", ""):
+            raise ValueError("a carriage return within a line")
+        if DIFF in source or END in source:
+            raise ValueError(f"{DIFF} or {END} in the program")
+        self.tree = ast.parse(source)
+        self.lines = source.split("\n")
+        self.free = [not (text := line.strip()) or text[0] == "#" for line in self.lines]  # blank lines and comments
+        self.unit = [None] * len(self.lines)  # the unit that a line falls with; None: it stays to the end
+        self.code = []  # the lines that can be drawn
+        self.build(self.tree.body, None)
+        if not self.code:
+            raise ValueError("no line of code")
+
+    def claim(self, unit, first, last, code=True):
+        for i in range(first, last + 1):
+            if self.unit[i] is None:
+                self.unit[i] = unit
+                unit.lines.append(i)
+                if code and self.lines[i].strip():
+                    self.code.append(i)
+
+    def build(self, block, parent):
+        """The units of a list of statements."""
+        units, i = [], 0
+        while i < len(block):
+            node, j = block[i], i + 1
+            clauses = self.clauses_of(node)
+            if clauses:
+                units += self.build_compound(node, clauses, parent, block)
+            else:
+                last = node.end_lineno
+                while j < len(block) and block[j].lineno <= last:  # a; b
+                    last = max(last, block[j].end_lineno)
+                    j += 1
+                unit = Unit(parent, block[i:j], block)
+                self.claim(unit, node.lineno - 1, last - 1)
+                units.append(unit)
+            i = j
+        return units
+
+    def clauses_of(self, node):
+        """[(keyword, node, its statements)] of a compound statement, an `if` with all its `elif`s; [] of a simple one."""
+        if isinstance(node, ast.Match):
+            return [("main", node, [])] + [("case", case, case.body) for case in node.cases]
+        if not isinstance(getattr(node, "body", None), list):
+            return []
+        found = [("main", node, node.body)]
+        for handler in getattr(node, "handlers", ()):
+            found.append(("except", handler, handler.body))
+        while isinstance(node, ast.If) and len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If) and \
+                self.text_at(node.orelse[0]).startswith("elif"):
+            node = node.orelse[0]
+            found.append(("elif", node, node.body))
+        for keyword, field in (("else", "orelse"), ("finally", "finalbody")):
+            if getattr(node, field, None):
+                found.append((keyword, node, getattr(node, field)))
+        return found
+
+    def text_at(self, node):
+        return self.lines[node.lineno - 1].encode()[node.col_offset:].decode(errors="replace")
+
+    def build_compound(self, node, clauses, parent, block):
+        start = at = first_line(node) - 1
+        units = []
+        for keyword, owner, body in clauses:
+            while self.free[at]:
+                at += 1
+            unit = Unit(parent, [owner], block, keyword, body)
+            if body:
+                first, last = first_line(body[0]) - 1, body[-1].end_lineno - 1
+                inline = self.lines[first].encode()[:body[0].col_offset].strip()  # `if x: y` is one unit
+                self.claim(unit, at, last if inline else first - 1)
+                if not inline:
+                    unit.units = self.build(body, unit)
+                    self.claim(unit, at, last, code=False)
+            else:  # `match x:`
+                last = at
+                while not self.lines[last + 1].lstrip().startswith("case") or last + 1 < node.subject.end_lineno:
+                    last += 1
+                self.claim(unit, at, last)
+            units.append(unit)
+            at = last + 1
+        self.claim(units[0], start, at - 1, code=False)  # comments between the clauses
+        for unit in units:
+            unit.clauses = units
+        return units
+
+    def delete(self, unit):
+        """Delete a unit, what stands below it and what cannot stand without it; returns the lines that fell."""
+        gone = []
+        fall(unit, gone)
+        if unit.clauses:
+            main, *others = unit.clauses
+            node, alive = main.nodes[0], {u.keyword for u in others if u.alive}
+            if isinstance(node, ast.Match):
+                stands = "case" in alive
+            elif hasattr(node, "handlers"):
+                stands = "except" in alive or "finally" in alive
+            else:
+                stands = True
+            if not (stands and main.alive):
+                for u in unit.clauses:
+                    fall(u, gone)
+                main.block.remove(node)
+            else:
+                if "else" in alive and hasattr(node, "handlers") and "except" not in alive:  # try ... else ... finally
+                    fall(others[-2] if others[-1].keyword == "finally" else others[-1], gone)
+                relink(unit.clauses)
+                return gone
+        else:
+            for node in unit.nodes:
+                unit.block.remove(node)
+        if unit.parent and unit.parent.alive and not any(u.alive for u in unit.parent.units):
+            gone += self.delete(unit.parent)
+        return gone
+
+    def delete_errors(self):
+        """Delete every line where the linter reports an error until it reports none; returns the lines that fell."""
+        gone = []
+        while errors := lint_tree(self.tree):
+            for line, message in errors:
+                unit = self.unit[line - 1]
+                if unit is None:
+                    raise ValueError(f"line {line}: {message}, on no statement")
+                if unit.alive:
+                    gone += self.delete(unit)
+        return gone
+
+
+def first_line(node):
+    return min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", ())])
+
+
+def fall(unit, gone):
+    if unit.alive:
+        unit.alive = False
+        gone += unit.lines
+        for below in unit.units:
+            fall(below, gone)
+
+
+def relink(clauses):
+    """Take the clauses that fell out of the syntax tree of a statement that stands."""
+    node = last = clauses[0].nodes[0]
+    alive = [u for u in clauses if u.alive]
+    bodies = {u.keyword: u.body for u in alive}
+    for u in alive:
+        if u.keyword == "elif":
+            last.orelse, last = u.nodes, u.nodes[0]
+    if isinstance(node, ast.Match):
+        node.cases = [u.nodes[0] for u in alive if u.keyword == "case"]
+    elif hasattr(node, "orelse"):
+        last.orelse = bodies.get("else", [])
+    if hasattr(node, "handlers"):
+        node.handlers = [u.nodes[0] for u in alive if u.keyword == "except"]
+        node.finalbody = bodies.get("finally", [])
+
+
+# -- Edits ------------------------------------------------------------------------------------------------------------
+
+def lintseq(source, rng):
+    """One sequence of edits of a program, each as diff text, in the order of writing. rng: random.Random.
+
+    Lines with errors that the program has from the start go first, so they come in with the last edit (as published).
+    ValueError or SyntaxError, with the reason, where a program cannot be written so."""
+    program = Program(source)
+    death, step, code = [0] * len(program.lines), 0, program.code
+    gone = program.delete_errors()
+    while True:
+        if gone:
+            step += 1
+            for i in gone:
+                death[i] = step
+            code = [i for i in code if not death[i]]
+        if not code:
+            return edits(program.lines, [d or step for d in death])  # what never fell comes in with the first edit
+        gone = program.delete(program.unit[rng.choice(code)])
+        gone += program.delete_errors()
+
+
+def randseq(source, rng):
+    """The paper's ablation: each edit is a random set of the lines of code that are left, whatever a linter says."""
+    program = Program(source)
+    death, step, code = [0] * len(program.lines), 0, program.code
+    while code:
+        step += 1
+        for i in rng.sample(code, rng.randint(1, len(code))):
+            death[i] = step
+        code = [i for i in code if not death[i]]
+    return edits(program.lines, [d or step for d in death])
+
+
+def edits(lines, death):
+    """Diff text from each state to the next; the lines of death `max(death)` are the first edit."""
+    by_step = {}
+    for i, d in enumerate(death):
+        by_step.setdefault(d, []).append(i)
+    present, texts = [], []
+    for step in sorted(by_step, reverse=True):
+        hunks = []  # [lines before it in the old state, in the new state, numbers of the lines]
+        for n, i in enumerate(by_step[step]):
+            before = bisect(present, i)
+            if hunks and hunks[-1][0] == before:
+                hunks[-1][2].append(i)
+            else:
+                hunks.append((before, before + n, [i]))
+        for before, after, new in reversed(hunks):
+            present[before:before] = new
+        texts.append("\n".join(header(before, after, len(new)) + "".join("\n+" + lines[i] for i in new)
+                               for before, after, new in hunks))
+    return texts
+
+
+def header(before, after, n):
+    """The header of a hunk of n lines after `before` lines of the old state and `after` lines of the new one."""
+    return f"@@ -{before},0 +{after + 1}{f',{n}' if n > 1 else ''} @@"
+
+
+def training_text(instruction, edit_path):
+    """(prompt, response) of an example, as published: each edit behind a marker of its own, two bare markers at the
+    end, end-of-text; the loss is on the response. With no edits, the prompt is what a model is asked with."""
+    return f"{instruction}\n{DIFF}", f"\n{DIFF}".join(edit_path) + f"\n{DIFF}\n{DIFF}{END}"
+
+
+HEADER = re.compile(r"@@ -(\d{1,9})(?:,(\d{1,9}))? \+(\d{1,9})(?:,(\d{1,9}))? @@")
+
+
+def apply_edit(lines, text, report):
+    """Apply one edit to a list of lines, in place; count into report["hunks"] and report["malformed"].
+
+    A hunk whose header is broken or names a place outside the program is left out. One whose counts do not fit its
+    lines is applied as it stands: it is the lines that a model means. Both are malformed, and so is a hunk with any
+    line in it that is no insertion (or deletion or context that fits; the format has none, but some models do)."""
+    shift, at, plus, minus, sound = 0, None, 0, 0, True  # shift: how far the hunks before have moved the rest
+    for line in [*text.split("\n"), None]:
+        if line is None or line.startswith("@@"):
+            report["malformed"] += not sound or plus != 0 or minus != 0
+            if line is None:
+                return
+            match, at, plus, minus, sound = HEADER.fullmatch(line), None, 0, 0, False
+            report["hunks"] += 1
+            if match:
+                old, minus, plus = int(match[1]), int(match[2] or 1), int(match[4] or 1)
+                at = old - (minus > 0) + shift
+                if not 0 <= at <= len(lines):
+                    at, plus, minus = None, 0, 0
+                sound = at is not None
+        elif at is not None and line.startswith("+"):
+            lines.insert(at, line[1:])
+            at, shift, plus = at + 1, shift + 1, plus - 1
+        elif line[:1] in ("-", " ") and at is not None and at < len(lines) and lines[at] == line[1:]:
+            minus -= 1
+            if line[0] == "-":
+                del lines[at]
+                shift -= 1
+            else:
+                at, plus = at + 1, plus - 1
+        else:
+            sound = False
+
+
+def split_edits(text):
+    """The edits of what a model wrote after its instruction: cut at the markers, each without the newline before the
+    next one; empty ones, as at the end, left out."""
+    pieces = text.split(END)[0].split(DIFF)
+    return [e for piece in pieces if (e := piece[:-1] if piece.endswith("\n") else piece)]
+
+
+def apply_report(text):
+    """(program, {"edits", "hunks", "malformed"}) of what a model wrote after its instruction. Never raises."""
+    lines, report = [], {"edits": 0, "hunks": 0, "malformed": 0}
+    for edit in split_edits(text):
+        apply_edit(lines, edit, report)
+        report["edits"] += 1
+    return "\n".join(lines), report
+
+
+def apply_edits(text):
+    """The program that a model wrote as edits after its instruction. Never raises; what is malformed is left out."""
+    return apply_report(text)[0]
+
+
+# -- In bulk ----------------------------------------------------------------------------------------------------------
+
+def die(message):
+    print(f"lintseq.py: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def refactor(job):
+    """(row number, [edit sequences], reason why there are none) of one line of a JSONL file."""
+    index, line, cfg = job
+    try:
+        row = json.loads(line)
+        instruction, response = row["instruction"], row["response"]
+        if not isinstance(instruction, str) or not isinstance(response, str):
+            raise TypeError("instruction and response must be texts")
+        if DIFF in instruction or END in instruction:
+            raise ValueError(f"{DIFF} or {END} in the instruction")
+        paths, method = [], lintseq if cfg.method == "lintseq" else randseq
+        for sample in range(cfg.samples):
+            for attempt in range(5):  # a repeated sequence is drawn again, a few times: short programs have only a few
+                path = method(response, random.Random(f"{cfg.seed}/{index}/{sample}/{attempt}"))
+                if path not in paths:
+                    break
+            paths.append(path)
+    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError) as e:
+        reason = e.msg if isinstance(e, SyntaxError) else str(e)
+        return index, [], f"{type(e).__name__}: {reason}"
+    return index, [json.dumps({"edit_path": path, "index": index, "source_instruction": instruction,
+                               "source_response": response}) + "\n" for path in paths], None
+
+
+def resume(path, skipped):
+    """Cut both files back to whole rows below the last index that they hold (its rows may not all be there); returns
+    that index, from which to go on."""
+    last = {}
+    for file in (path, skipped):
+        file.touch()
+        with open(file, "rb+") as f:
+            at = index = 0
+            starts = {}  # the last few indices: where their first row begins
+            for line in f:
+                try:
+                    index = json.loads(line)["index"] if line.endswith(b"\n") else None
+                except (ValueError, KeyError, TypeError):
+                    index = None
+                if index is None:
+                    break
+                if index not in starts:
+                    starts = {**starts, index: at} if len(starts) < 2 else {list(starts)[-1]: starts[list(starts)[-1]], index: at}
+                at += len(line)
+            f.truncate(at)
+            last[file] = starts
+    go_on = max((i for starts in last.values() for i in starts), default=0)
+    for file, starts in last.items():
+        if go_on in starts:
+            with open(file, "rb+") as f:
+                f.truncate(starts[go_on])
+    return go_on
+
+
+def bulk(cfg):
+    from tqdm import tqdm
+    source, begun = Path(cfg.source), time.time()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    dest = Path(cfg.dest + (f".{rank}-of-{world}" if world > 1 else ""))  # `cat` them together
+    skipped, state = dest.with_name(dest.name + ".skipped.jsonl"), dest.with_name(dest.name + ".state.json")
+    if not source.is_file():
+        die(f"--source={source}: no such file")
+    if cfg.method not in ("lintseq", "randseq"):
+        die(f"--method={cfg.method} is neither lintseq nor randseq")
+    now = {"source": str(source), "bytes": source.stat().st_size, "samples": cfg.samples, "seed": cfg.seed,
+           "method": cfg.method, "done": False}
+    was = json.loads(state.read_text()) if state.is_file() else None
+    if was and {**was, "done": False} != now or not was and dest.exists() and dest.stat().st_size:
+        die(f"{dest} was written with other settings ({was or 'unknown'}); delete it and {state.name}, or choose another --dest")
+    if was and was["done"]:
+        return print(f"{dest} is complete already; delete it and {state.name} to make it anew")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    state.write_text(json.dumps(now))
+    start = resume(dest, skipped)
+    with open(source, "rb") as f:
+        total = sum(1 for _ in f)
+    print(f"{cfg.method}: {source} -> {dest}, {cfg.samples} edit sequences a program"
+          + (f", going on from row {start:,}" if start else ""))
+    counts, lengths, sizes = Counter(), Counter(), Counter()
+    with open(source, "rb") as f, open(dest, "a") as out, open(skipped, "a") as bad, \
+            multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(cfg.workers or None) as pool:
+        jobs = ((i, line, cfg) for i, line in enumerate(f) if i >= start and i % world == rank)
+        mine = len(range(start + (rank - start) % world, total, world))
+        for index, rows, reason in tqdm(pool.imap(refactor, jobs, chunksize=16), total=mine, unit="program", mininterval=1):
+            if rows:
+                out.write("".join(rows))
+                counts["programs"] += 1
+                for row in rows:
+                    path = json.loads(row)["edit_path"]
+                    lengths[len(path)] += 1
+                    sizes.update(sum(line.startswith("+") for line in edit.split("\n")) for edit in path)
+            else:
+                bad.write(json.dumps({"index": index, "reason": reason}) + "\n")
+                counts[reason] += 1
+    state.write_text(json.dumps({**now, "done": True}))
+    for what, table in (("edits a program", lengths), ("lines an edit", sizes)):
+        ordered = sorted(table.elements())
+        if ordered:
+            print(f"  {what}: median {ordered[len(ordered) // 2]}, 90th percentile {ordered[len(ordered) * 9 // 10]}")
+    for reason, n in counts.most_common():
+        print(f"  {n:,} programs" if reason == "programs" else f"  skipped {n:,}: {reason}")
+    print(f"lintseq.py: {time.time() - begun:.1f} s; {dest}")
+
+
+def show(path, cfg):
+    """Print one edit sequence of a file, each edit's lines (green on a terminal) within the program so far."""
+    try:
+        path = Path(path)
+        sequence = (lintseq if cfg.method == "lintseq" else randseq)(path.read_bytes().decode(), random.Random(cfg.seed))
+    except (OSError, ValueError, SyntaxError) as e:
+        die(f"{path}: {e}")
+    colour = sys.stdout.isatty()
+    green, dim, plain = ("\033[32m", "\033[2m", "\033[0m") if colour else ("", "", "")
+    lines = []
+    for n, edit in enumerate(sequence, 1):
+        new, report = set(), {"hunks": 0, "malformed": 0}
+        apply_edit(lines, edit, report)
+        for start, count in re.findall(r"^@@ -\d+,0 \+(\d+)(?:,(\d+))? @@$", edit, re.M):
+            new.update(range(int(start) - 1, int(start) - 1 + int(count or 1)))
+        print(f"{dim}--- edit {n} of {len(sequence)}: {len(new)} lines{plain}")
+        for i, line in enumerate(lines):
+            if any(j in new for j in range(i - 2, i + 3)):  # two lines of context
+                print(f"{green}+ {line}{plain}" if i in new else f"{dim}  {line}{plain}")
+
+
+def main():
+    cfg = config.load(Settings)
+    if cfg.paths:
+        for path in cfg.paths:
+            show(path, cfg)
+    elif cfg.source and cfg.dest:
+        bulk(cfg)
+    else:
+        die("name a Python file to show, or --source=in.jsonl and --dest=out.jsonl")
+
+
+if __name__ == "__main__":
+    main()

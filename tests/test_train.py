@@ -1,0 +1,197 @@
+"""train.py as users run it: to the end, stopped and resumed, killed, on two ranks; and its rows, schedule and Muon."""
+import json
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import run, start
+
+import train
+
+TINY = ("--block_size=64", "--n_layer=2", "--n_head=2", "--n_embd=32", "--batch_size=8", "--micro_batch=8",
+        "--warmup_iters=2", "--learning_rate=3e-3", "--eval_rows=16", "--eval_interval=10", "--log_interval=1")
+
+
+def losses(folder):
+    return [(x["step"], x.get("loss"), x.get("val_loss")) for x in map(json.loads, open(folder / "log.jsonl"))]
+
+
+def same_state(a, b):
+    a, b = (torch.load(f / "ckpt.pt", weights_only=True) for f in (a, b))
+    assert a["step"] == b["step"]
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    flat = lambda c: [v for o in c["optimizers"] for s in o["state"].values() for v in s.values()]
+    assert len(flat(a)) > 0 and all(torch.equal(x, y) for x, y in zip(flat(a), flat(b)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_learns_and_resumes_bit_for_bit(workspace, tmp_path, optimizer):
+    args = ("--dataset=text", f"--optimizer={optimizer}", "--max_iters=30", *TINY)
+    status, out, err = run("train.py", *args, f"--out_dir={tmp_path}/whole", cwd=workspace)
+    assert status == 0, err
+    whole = losses(tmp_path / "whole")
+    assert whole[-1][2] < whole[0][2] - 0.5  # validation loss fell
+    # kill -9 as soon as step 13 is logged: three steps past the checkpoint of step 10
+    process = start("train.py", *args, f"--out_dir={tmp_path}/cut", cwd=workspace)
+    for line in process.stdout:
+        if line.startswith("step     13/30"):
+            process.kill()
+            break
+    process.wait()
+    status, out, err = run("train.py", *args, f"--out_dir={tmp_path}/cut", cwd=workspace)
+    assert status == 0 and "going on from" in out and "at step 10" in out, err
+    assert losses(tmp_path / "cut") == whole
+    same_state(tmp_path / "cut", tmp_path / "whole")
+    status, out, err = run("train.py", *args, f"--out_dir={tmp_path}/cut", cwd=workspace)
+    assert status == 0 and "is finished (30 steps)" in out
+
+
+def test_sigterm_saves_and_two_ranks_go_on(workspace, tmp_path):
+    """One rank, asked to stop in the middle; two ranks finish the run; the losses are those of one."""
+    args = ("--dataset=edits", "--max_iters=12", *TINY)
+    assert run("train.py", *args, f"--out_dir={tmp_path}/whole", cwd=workspace)[0] == 0
+    process = start("train.py", *args, f"--out_dir={tmp_path}/cut", cwd=workspace)
+    for line in process.stdout:
+        if line.startswith("step      3/12"):
+            process.send_signal(signal.SIGTERM)
+            break
+    assert "asked to stop: saved" in process.stdout.read() and process.wait() == 128 + signal.SIGTERM
+    status, out, err = run("train.py", *args, f"--out_dir={tmp_path}/cut", cwd=workspace, ranks=2)
+    assert status == 0 and "going on from" in out and "(2 x 1 x 4 rows)" in out, err
+    one, two = losses(tmp_path / "whole"), losses(tmp_path / "cut")
+    assert [x[0] for x in one] == [x[0] for x in two]
+    for a, b in zip(one, two):
+        assert all(abs(x - y) < 2e-4 for x, y in zip(a[1:], b[1:]) if x is not None)
+
+
+def test_accumulation_does_not_change_the_losses(workspace, tmp_path):
+    for micro in (8, 3):
+        assert run("train.py", "--dataset=edits", "--max_iters=5", *TINY, f"--micro_batch={micro}",
+                   f"--out_dir={tmp_path}/{micro}", cwd=workspace)[0] == 0
+    for a, b in zip(losses(tmp_path / "8"), losses(tmp_path / "3")):
+        assert all(abs(x - y) < 1e-4 for x, y in zip(a[1:], b[1:]) if x is not None)
+
+
+def test_finetunes_from_pretrained_and_refuses_what_does_not_fit(workspace, tmp_path):
+    pre, out_dir = f"{tmp_path}/pre", f"--out_dir={tmp_path}/tuned"
+    assert run("train.py", "--dataset=text", "--max_iters=10", *TINY, f"--out_dir={pre}", cwd=workspace)[0] == 0
+    tune = ("--dataset=programs", "--epochs=2", *TINY, f"--pretrained={pre}")
+    status, out, err = run("train.py", *tune, out_dir, "--max_iters=2", cwd=workspace)
+    assert status == 0, err
+    first = losses(tmp_path / "tuned")[0][2]
+    assert first < 5.9  # an untrained model's is log(512) = 6.24
+    for change, message in ((("--batch_size=4",), "batch_size was 8, is 4"), (("--dataset=edits",), "is of another data"),
+                            (("--pretrained=", "--n_layer=3"), "n_layer was 2, is 3")):
+        status, out, err = run("train.py", *tune, out_dir, *change, cwd=workspace)
+        assert status == 1 and message in err and "Traceback" not in err
+    (tmp_path / "tuned" / "ckpt.pt").write_bytes((tmp_path / "tuned" / "ckpt.pt").read_bytes()[:5000])
+    status, out, err = run("train.py", *tune, out_dir, cwd=workspace)
+    assert status == 1 and "cannot be read" in err and "Traceback" not in err
+    for args, message in ((("--dataset=nothing",), "data/nothing/meta.json is missing"),
+                          (("--pretrained=nowhere", "--dataset=text"), "nowhere")):
+        status, out, err = run("train.py", *TINY, *args, f"--out_dir={tmp_path}/x", cwd=workspace)
+        assert status == 1 and message in err and "Traceback" not in err
+
+
+def test_two_runs_into_one_folder_are_refused(workspace, tmp_path):
+    args = ("--dataset=text", "--max_iters=2000", *TINY, f"--out_dir={tmp_path}/out")
+    process = start("train.py", *args, cwd=workspace)
+    for line in process.stdout:
+        if "step      1/" in line:
+            break
+    status, out, err = run("train.py", *args, cwd=workspace)
+    process.kill()
+    process.wait()
+    assert status == 1 and "another run is writing to" in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(workspace, tmp_path):
+    args = ("--dataset=text", "--max_iters=40", *TINY, "--grad_clip=0", f"--out_dir={tmp_path}/out")
+    status, out, err = run("train.py", *args, "--learning_rate=1e30", cwd=workspace)
+    assert status == 1 and "step" in err and "Traceback" not in err
+    assert not (tmp_path / "out/ckpt.pt").exists() or all(
+        v.isfinite().all() for v in torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["model"].values())
+
+
+def test_permutation_visits_everything_once():
+    for n in (1, 2, 5, 64, 1000, 1025):
+        orders = [[train.permuted(i, n, key) for i in range(n)] for key in (1, 2)]
+        assert sorted(orders[0]) == sorted(orders[1]) == list(range(n))
+        if n >= 64:
+            assert orders[0] != orders[1] and orders[0] != list(range(n))
+            near = sum(abs(a - b) == 1 for a, b in zip(orders[0], orders[0][1:]))
+            assert near < n / 10  # neighbours do not stay together
+
+
+def settings(**changes):
+    keys = {k: v for k, v in vars(train.Settings).items() if not k.startswith("_")}
+    return SimpleNamespace(**{**keys, **changes})
+
+
+def test_text_rows_are_the_file_block_by_block(workspace):
+    rows = train.TextRows([workspace / "data/text", workspace / "data/text"], "train", settings(block_size=64))
+    tokens = np.fromfile(workspace / "data/text/train.bin", dtype="<u2")
+    n = (len(tokens) - 1) // 64
+    assert rows.n == 2 * n
+    seen = [rows.row(i) for i in range(rows.n)]
+    starts = sorted(tuple(idx) for idx, _, _ in seen)
+    assert starts == sorted(tuple(tokens[i * 64:i * 64 + 64]) for i in range(n) for _ in range(2))
+    idx, targets, _ = rows.row(5, shuffle=False)
+    assert (idx == tokens[320:384]).all() and (targets == tokens[321:385]).all()
+    assert [tuple(rows.row(i)[0]) for i in range(rows.n, 2 * rows.n)] != [tuple(x[0]) for x in seen]  # another epoch
+
+
+def test_packed_rows_hold_every_example_whole_once_an_epoch(workspace):
+    from prepare import DIFF, get_tokenizer
+    enc = get_tokenizer(str(workspace / "tiny.tiktoken"))
+    rows = train.ExampleRows([workspace / "data/edits"], "train", settings(block_size=512))
+    examples = [json.loads(line) for line in open(workspace / "edits.jsonl")]
+    assert rows.truncated == 0
+    seen = []
+    for i in range(rows.rows_in(1)):
+        tokens, targets, segments = rows.row(i)
+        for s in dict.fromkeys(segments[segments >= 0].tolist()):
+            at = segments == s
+            text = enc.decode(tokens[at].tolist())
+            loss = enc.decode(targets[at][targets[at] >= 0].tolist())
+            assert text[:text.index(DIFF) + len(DIFF)] + loss == text + "<|endoftext|>"  # loss on the response alone
+            seen.append(text)
+        assert (targets[segments < 0] == -1).all()
+    written = [x["source_instruction"] + "".join("\n" + DIFF + e for e in x["edit_path"]) + ("\n" + DIFF) * 2
+               for x in examples]
+    assert len(seen) == len(rows.begin) > 60 and sorted(seen) == sorted(set(seen) & set(written)) or set(seen) <= set(written)
+    assert sum(rows.length) / (rows.rows_in(1) * 512) > 0.9
+
+
+def test_schedule():
+    cfg = settings(warmup_iters=10, min_lr=0.1)
+    scale = [train.lr_scale(i, 110, cfg) for i in range(110)]
+    assert scale[0] == 0.1 and scale[9] == scale[10] == 1.0 and abs(scale[60] - 0.55) < 1e-6 and 0.1 <= scale[-1] < 0.101
+    assert abs(train.lr_scale(60, 110, settings(warmup_iters=10, min_lr=0.0, decay="linear")) - 0.5) < 1e-6
+
+
+def test_muon_moves_along_the_nearest_orthogonal_matrix():
+    torch.manual_seed(0)
+    g = torch.randn(3, 16, 48)
+    u, _, vt = torch.linalg.svd(g, full_matrices=False)
+    got = train.orthogonalize(g)
+    assert ((u.mT @ got @ vt.mT).diagonal(dim1=1, dim2=2) - 1).abs().max() < 0.35  # the quintic's known band
+    assert torch.allclose(train.orthogonalize(g.mT), got.mT, atol=1e-4)
+    fused, parts = torch.nn.Parameter(g.flatten(0, 1).clone()), [torch.nn.Parameter(x.clone()) for x in g]
+    fused.grad, grads = torch.randn_like(fused), None
+    for p, grad in zip(parts, fused.grad.chunk(3)):
+        p.grad = grad.clone()
+    train.Muon([dict(params=[fused], pieces=3)], lr=0.1).step()
+    train.Muon(parts, lr=0.1).step()
+    assert torch.allclose(fused, torch.cat([p for p in parts]), atol=1e-5)
+
+
+def test_plot_draws_a_png(workspace, tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = [{"step": i, "tokens": i * 10, "loss": 5 - i / 10} for i in range(9)] + [{"step": 9, "tokens": 90, "val_loss": 4}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    status, out, err = run("train.py", "--plot", tmp_path / "log.jsonl", cwd=tmp_path)
+    assert status == 0 and (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
