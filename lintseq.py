@@ -24,12 +24,14 @@ import random
 import re
 import sys
 import time
+import unicodedata
 from bisect import bisect
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 from pyflakes import messages as m
-from pyflakes.checker import Checker
+from pyflakes.checker import Builtin, Checker
 
 import config
 
@@ -64,9 +66,36 @@ def lint(source):
     return lint_tree(ast.parse(source))
 
 
-def lint_tree(tree):
-    found = [x for x in Checker(tree).messages if isinstance(x, ERRORS)]
+def lint_tree(tree, typing=True):
+    found = [x for x in Linter(tree, typing).messages if isinstance(x, ERRORS)]
     return [(x.lineno, x.message % x.message_args) for x in sorted(found, key=lambda x: (x.lineno, x.col))]
+
+
+class Linter(Checker):
+    """pyflakes' Checker without two costs that no error depends on: it takes the builtins over ready-made in place of
+    binding 160 names one by one, and where no name can come from `typing` it does not ask of each call whether it is
+    one of typing's. (That a shared Builtin remembers an earlier run's use has no effect: the one question asked of it
+    is whether that use was in the present scope.)"""
+    builtIns = property(lambda self: (), lambda self, names: Linter.ready or Linter.ready.update(
+        {name: Builtin(name) for name in names}))
+    ready = {}
+
+    def __init__(self, tree, typing):
+        self.typing = typing
+        super().__init__(tree)
+
+    @contextmanager
+    def in_scope(self, kind):
+        with super().in_scope(kind):
+            if len(self.scopeStack) == 1:
+                self.scope.update(self.ready)
+            yield
+
+    def CALL(self, node):
+        if self.typing:
+            super().CALL(node)
+        else:
+            self.handleChildren(node)
 
 
 # -- A program as units, each deleted as a whole ----------------------------------------------------------------------
@@ -77,13 +106,25 @@ class Unit:
     def __init__(self, parent, nodes, block, keyword="", body=None):
         self.parent, self.alive, self.lines, self.units, self.body = parent, True, [], [], body
         self.nodes, self.block = nodes, block  # the syntax nodes that go when it is deleted, and the list they stand in
+        self.function = parent.function if parent else None  # the outermost function that it stands in
         self.keyword = keyword  # of a clause: "main", "elif", "else", "except", "finally", "case"
         self.clauses = ()  # all clauses of the compound statement, the main one first; shared by them
 
 
+class Function:
+    """A function that stands in no other one, the words of its source, and whether a deletion may have broken it."""
+
+    def __init__(self, node, words):
+        self.node, self.words, self.touched = node, words, True
+
+
 class Program:
     """A parsed source whose units can be deleted, from its lines and from its syntax tree at once, so that the linter
-    sees every state without another parse. ValueError (SyntaxError among them) where it cannot be written as edits."""
+    sees every state without another parse. ValueError (SyntaxError among them) where it cannot be written as edits.
+
+    The linter is not asked twice about the same thing: while a function is untouched and none of the words that went
+    with statements outside of it stands in it, its body is kept from the linter, whose verdict on it would be the same
+    (names are all that ties a body to the rest; functions with a `global` statement are always shown)."""
 
     def __init__(self, source):
         if "\r" in source.replace("\r\n", ""):
@@ -91,10 +132,12 @@ class Program:
         if DIFF in source or END in source:
             raise ValueError(f"{DIFF} or {END} in the program")
         self.tree = ast.parse(source)
+        self.typing = "typing" in source
         self.lines = source.split("\n")
         self.free = [not (text := line.strip()) or text[0] == "#" for line in self.lines]  # blank lines and comments
         self.unit = [None] * len(self.lines)  # the unit that a line falls with; None: it stays to the end
         self.code = []  # the lines that can be drawn
+        self.functions = []
         self.build(self.tree.body, None)
         if not self.code:
             raise ValueError("no line of code")
@@ -154,12 +197,19 @@ class Program:
             while self.free[at]:
                 at += 1
             unit = Unit(parent, [owner], block, keyword, body)
+            if unit.function is None and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                function = Function(node, self.words(range(start, node.end_lineno)))
+                self.functions.append(function)
+            else:
+                function = unit.function
             if body:
                 first, last = first_line(body[0]) - 1, body[-1].end_lineno - 1
                 inline = self.lines[first].encode()[:body[0].col_offset].strip()  # `if x: y` is one unit
                 self.claim(unit, at, last if inline else first - 1)
                 if not inline:
-                    unit.units = self.build(body, unit)
+                    unit.function, outside = function, unit.function
+                    unit.units = self.build(body, unit)  # the units below stand in the function, its header does not
+                    unit.function = outside
                     self.claim(unit, at, last, code=False)
             else:  # `match x:`
                 last = at
@@ -173,9 +223,46 @@ class Program:
             unit.clauses = units
         return units
 
+    def words(self, numbers):
+        return set(WORD.findall(unicodedata.normalize("NFKC", "\n".join(self.lines[i] for i in numbers))))
+
+    def touch(self, unit, gone):
+        """Note which functions the linter must see again now that the lines `gone` fell with the unit."""
+        if unit.function:
+            unit.function.touched = True
+            if "global" not in unit.function.words:
+                return
+        names = self.words(gone)
+        node = unit.nodes[0]
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and "global" not in names:
+            names = {node.name}  # what is bound within stays within
+        everything = any("import" in self.lines[i] and "*" in self.lines[i] for i in gone)
+        for f in self.functions:
+            f.touched = f.touched or everything or not names.isdisjoint(f.words)
+
+    def errors(self):
+        """What the linter reports on the present state."""
+        hidden = [(f.node, f.node.body) for f in self.functions if not f.touched and "global" not in f.words]
+        for node, _ in hidden:
+            node.body = []
+        found = lint_tree(self.tree, self.typing)
+        for node, body in hidden:
+            node.body = body
+        if not found:
+            for f in self.functions:
+                f.touched = False
+        return found
+
     def delete(self, unit):
         """Delete a unit, what stands below it and what cannot stand without it; returns the lines that fell."""
         gone = []
+        self.remove(unit, gone)
+        self.touch(unit, gone)
+        if unit.parent and unit.parent.alive and not any(u.alive for u in unit.parent.units):
+            gone += self.delete(unit.parent)
+        return gone
+
+    def remove(self, unit, gone):
         fall(unit, gone)
         if unit.clauses:
             main, *others = unit.clauses
@@ -186,26 +273,22 @@ class Program:
                 stands = "except" in alive or "finally" in alive
             else:
                 stands = True
-            if not (stands and main.alive):
+            if stands and main.alive:
+                if "else" in alive and hasattr(node, "handlers") and "except" not in alive:  # try, else, finally
+                    fall(next(u for u in others if u.keyword == "else"), gone)
+                relink(unit.clauses)
+            else:
                 for u in unit.clauses:
                     fall(u, gone)
                 main.block.remove(node)
-            else:
-                if "else" in alive and hasattr(node, "handlers") and "except" not in alive:  # try ... else ... finally
-                    fall(others[-2] if others[-1].keyword == "finally" else others[-1], gone)
-                relink(unit.clauses)
-                return gone
         else:
             for node in unit.nodes:
                 unit.block.remove(node)
-        if unit.parent and unit.parent.alive and not any(u.alive for u in unit.parent.units):
-            gone += self.delete(unit.parent)
-        return gone
 
     def delete_errors(self):
         """Delete every line where the linter reports an error until it reports none; returns the lines that fell."""
         gone = []
-        while errors := lint_tree(self.tree):
+        while errors := self.errors():
             for line, message in errors:
                 unit = self.unit[line - 1]
                 if unit is None:
@@ -310,6 +393,7 @@ def training_text(instruction, edit_path):
     return f"{instruction}\n{DIFF}", f"\n{DIFF}".join(edit_path) + f"\n{DIFF}\n{DIFF}{END}"
 
 
+WORD = re.compile(r"\w+")
 HEADER = re.compile(r"@@ -(\d{1,9})(?:,(\d{1,9}))? \+(\d{1,9})(?:,(\d{1,9}))? @@")
 
 

@@ -12,6 +12,7 @@ Left out: dropout and grouped heads (the paper has none), tensor parallelism (th
 """
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -251,9 +252,10 @@ class GPT(nn.Module):
 
     # -- Hugging Face's OlmoForCausalLM -------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors into `folder`, for transformers' `AutoModelForCausalLM`."""
-        from safetensors.torch import save_file
+    def save_pretrained(self, folder, **extra):
+        """Write config.json and model.safetensors into `folder`, for transformers' `AutoModelForCausalLM`.
+        extra: more keys of config.json, such as eos_token_id (prepare.py --export adds the tokenizer and a card)."""
+        save_file = safetensors().save_file
         folder, c = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
         config = dict(architectures=["OlmoForCausalLM"], model_type="olmo", vocab_size=c.vocab_size,
@@ -261,47 +263,58 @@ class GPT(nn.Module):
                       num_attention_heads=c.n_head, num_key_value_heads=c.n_head, hidden_act="silu",
                       max_position_embeddings=c.block_size, rope_theta=c.rope_theta, attention_bias=False,
                       tie_word_embeddings=True, clip_qkv=None, pad_token_id=None, bos_token_id=None,
-                      eos_token_id=None, torch_dtype=str(self.wte.weight.dtype).split(".")[1])
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tensors = {}
+                      eos_token_id=None, torch_dtype=str(self.wte.weight.dtype).split(".")[1]) | extra
+        state, tensors = self.state_dict(), {}
         for name, (own, part, parts) in olmo_names(c.n_layer).items():
-            tensors[name] = self.state_dict()[own].chunk(parts)[part].contiguous()
-        save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+            tensors[name] = state[own].chunk(parts)[part].contiguous()
+        save_file(tensors, str(folder / "model.safetensors.tmp"), metadata={"format": "pt"})
+        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """A model from a folder: our own `ckpt.pt`, or Hugging Face's config.json with model.safetensors or
-        pytorch_model.bin. FileNotFoundError or ValueError, with what is missing or not supported."""
-        folder = Path(folder)
+    def from_pretrained(cls, name):
+        """A model from a folder or from the Hugging Face hub ("upiter/TinyCodeLM-150M"): our own `ckpt.pt`, or
+        config.json with model.safetensors or pytorch_model.bin, whole or in shards with an index; float32 or bf16,
+        which it keeps. OSError or ValueError, with what is missing or not supported."""
+        folder = Path(name)
+        if not folder.is_dir() and str(name).count("/") == 1 and not str(name).startswith((".", "/")):
+            from prepare import hub_model  # the one import of ours: downloads are its job
+            folder = hub_model(str(name))
         if (folder / "ckpt.pt").is_file():
             return cls.from_checkpoint(torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True, mmap=True))
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds neither ckpt.pt nor config.json")
         hf = json.loads((folder / "config.json").read_text())
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         wrong = [f"{k}={hf.get(k)!r}" for k, good in (
             ("model_type", ("olmo",)), ("clip_qkv", (None,)), ("attention_bias", (False, None)),
-            ("hidden_act", ("silu", None)), ("rope_scaling", (None,)), ("tie_word_embeddings", (True,)),
-            ("num_key_value_heads", (hf.get("num_attention_heads"), None))) if hf.get(k) not in good]
+            ("hidden_act", ("silu", None)), ("num_key_value_heads", (hf.get("num_attention_heads"), None)))
+            if hf.get(k) not in good]
+        wrong += [f"rope {k}={v!r}" for k, v in rope.items() if k != "rope_theta" and v not in ("default", 1.0, None)]
         if wrong:
             raise ValueError(f"{folder}/config.json: not supported: {', '.join(wrong)}")
-        rope = hf.get("rope_parameters") or hf
-        config = GPTConfig(hf["max_position_embeddings"], hf["vocab_size"], hf["num_hidden_layers"],
-                           hf["num_attention_heads"], hf["hidden_size"], hf["intermediate_size"],
-                           rope.get("rope_theta", 10000.0))
-        if (folder / "model.safetensors").is_file():
-            from safetensors.torch import load_file
-            tensors = load_file(folder / "model.safetensors")
-        else:
-            tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True, mmap=True)
-        names = olmo_names(config.n_layer)
-        tensors.pop("lm_head.weight", None)  # tied
+        try:
+            config = GPTConfig(hf["max_position_embeddings"], hf["vocab_size"], hf["num_hidden_layers"],
+                               hf["num_attention_heads"], hf["hidden_size"], hf["intermediate_size"],
+                               float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0))
+        except KeyError as e:
+            raise ValueError(f"{folder}/config.json has no {e}") from None
+        tensors, names = load_tensors(folder), olmo_names(config.n_layer)
+        head = tensors.pop("lm_head.weight", None)
         if set(tensors) != set(names):
             raise ValueError(f"{folder}: missing tensors {sorted(set(names) - set(tensors))}, "
                              f"unknown tensors {sorted(set(tensors) - set(names))}")
+        if head is None and hf.get("tie_word_embeddings") is False:
+            raise ValueError(f"{folder}: missing tensors ['lm_head.weight'] (tie_word_embeddings is false)")
+        if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
+            raise ValueError(f"{folder}: lm_head.weight is not model.embed_tokens.weight; untied embeddings are not supported")
         own = {}
         for name, (key, part, parts) in names.items():
             own.setdefault(key, [None] * parts)[part] = tensors[name]
-        return cls.from_checkpoint({"config": asdict(config), "model": {k: torch.cat(v) for k, v in own.items()}})
+        try:
+            return cls.from_checkpoint({"config": asdict(config), "model": {k: torch.cat(v) for k, v in own.items()}})
+        except RuntimeError as e:  # shapes
+            raise ValueError(f"{folder}: its tensors are not those of its config.json: {e}") from None
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
@@ -311,6 +324,34 @@ class GPT(nn.Module):
             model = cls(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"], assign=True)
         return model
+
+
+def safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("safetensors files need: pip install safetensors") from None
+    return safetensors.torch
+
+
+def load_tensors(folder):
+    """{name: tensor} of model.safetensors or pytorch_model.bin, or of the shards that their index lists."""
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{kind}.index.json"
+        if not (folder / kind).is_file() and not index.is_file():
+            continue
+        files = [kind] if (folder / kind).is_file() else sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        tensors = {}
+        for file in files:
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"{folder / file} is missing, and {index.name} lists it")
+            try:
+                tensors |= safetensors().load_file(folder / file) if kind.endswith("safetensors") else torch.load(
+                    folder / file, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as e:
+                raise ValueError(f"{folder / file} cannot be read: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+        return tensors
+    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
 def olmo_names(n_layer):

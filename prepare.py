@@ -273,8 +273,8 @@ def get(url, page, start=0, stream=False):
     return answer
 
 
-def patiently(url, work):
-    """work(), again and again while the network or the server fails, unless TRIES times without work.done growing."""
+def patiently(url, work, tries=TRIES):
+    """work(), again and again while the network or the server fails, unless `tries` times without work.done growing."""
     import requests
     failures, best = 0, -1
     while True:
@@ -283,8 +283,8 @@ def patiently(url, work):
         except (requests.RequestException, ValueError) as e:  # ValueError: half a JSON, or a wrong checksum
             done = getattr(work, "done", 0)
             failures, best = (0 if done > best else failures) + 1, max(best, done)
-            if failures == TRIES:
-                raise ConnectionError(f"{url}: {e} ({TRIES} times); the same command goes on from here") from None
+            if failures == tries:
+                raise ConnectionError(f"{url}: {e} ({tries} times); the same command goes on from here") from None
             time.sleep(min(60, PAUSE * 2 ** (failures - 1)) * random.uniform(0.5, 1))
 
 
@@ -304,23 +304,21 @@ def fetch(url, page, path, size, digest, bar):
         fcntl.flock(f, fcntl.LOCK_EX)  # other processes wait, and find it there
 
         def work():
-            if f.tell() > size:
-                f.truncate(0)
-            if f.tell() < size:
+            if f.tell() != size:
                 with get(url, page, f.tell(), stream=True) as answer:
                     if answer.status_code != 206 or not answer.headers.get("Content-Range", "").startswith(f"bytes {f.tell()}-"):
-                        f.truncate(0)  # this server cannot go on in the middle
-                        f.seek(0)
+                        f.seek(f.truncate(0))  # this server cannot go on in the middle
                     for block in answer.iter_content(1 << 20):
                         f.write(block)
                         bar.update(len(block))
                         work.done = max(work.done, f.tell())
             f.flush()
             os.fsync(f.fileno())
-            if f.tell() != size or not checksum(part, digest):
-                wrong = f.tell() >= size
-                f.truncate(0 if wrong else f.tell())
-                raise ValueError("its checksum is wrong" if wrong else "it ended early")
+            if f.tell() < size:
+                raise ValueError("it ended early")
+            if not checksum(part, digest):
+                f.seek(f.truncate(0))
+                raise ValueError("its checksum is wrong")
             os.replace(part, path)
 
         work.done = f.tell()
@@ -343,7 +341,7 @@ def hub_files(repo, folder="", kind="datasets", want=lambda paths: paths, share=
     if not listing.is_file():
         url = f"{endpoint}/api/{kind}/{repo}/tree/main/{'' if folder == '.' else folder}".rstrip("/")
         while url:
-            answer = patiently(url, lambda: (lambda r: (r.json(), r.links))(get(url, place)))
+            answer = patiently(url, lambda: (lambda r: (r.json(), r.links))(get(url, place)), tries=4)
             rows += [[f["path"], f["size"], f.get("lfs", f)["oid"]] for f in answer[0] if f["type"] == "file"]
             url = answer[1].get("next", {}).get("url")
         write_whole(listing, json.dumps(rows).encode())

@@ -47,7 +47,8 @@ def newest_checkpoint():
 def load(init_from, device="auto", dtype="auto"):
     """(model in evaluation mode on the device, its tokenizer, info: form, step, tokenizer, ...).
 
-    init_from: a folder with ckpt.pt (the tokenizer must be the one it was trained with) or a Hugging Face model.
+    init_from: a folder with ckpt.pt (the tokenizer must be the one it was trained with) or a Hugging Face model, whose
+    form is "form" in its config.json, else what its name says: edits for "LintSeq", programs for another "Instruct".
     SystemExit with one line if it cannot be had."""
     import torch
     from model import GPT
@@ -56,6 +57,18 @@ def load(init_from, device="auto", dtype="auto"):
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     folder = Path(init_from)
+    hub = not folder.exists() and init_from.count("/") == 1 and not init_from.startswith((".", "/"))
+    if hub or (folder / "config.json").is_file() and not (folder / "ckpt.pt").is_file():
+        try:
+            folder = prepare.hub_model(init_from) if hub else folder
+            model, enc = GPT.from_pretrained(folder), prepare.get_tokenizer(str(folder / "tokenizer.json"))
+        except (OSError, ValueError) as e:
+            die(f"{init_from}: {e}")
+        name = Path(init_from).name.lower()
+        form = "edits" if "lintseq" in name else "programs" if "instruct" in name else "text"
+        info = {"form": json.loads((folder / "config.json").read_text()).get("form", form), "step": 0, "vocab_size": enc.n_vocab,
+                "tokenizer": str(folder / "tokenizer.json"), "fingerprint": prepare.fingerprint(enc)}
+        return model.to(device, getattr(torch, dtype)).eval(), enc, info
     try:
         checkpoint = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
