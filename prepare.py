@@ -87,10 +87,11 @@ def write_whole(path, data):
 
 # -- Tokenizers -------------------------------------------------------------------------------------------------------
 
-# GPT-4's pattern, changed for small models: a number is one or two digits (with the space before it), a new line is one
+# GPT-4's pattern, changed for small models: a number is one or two digits (never with the space before it: copying
+# one is then always copying one token), a new line is one
 # piece with its indentation and an edit's "+", and what stands between the numbers of a hunk's header is one piece.
 PATTERN = "|".join([
-    r"@@ -", r",0 \+", r" @@\n\+ *", r"\n\+? *", r" ?\p{N}{1,2}",
+    r"@@ -", r",0 \+", r" @@\n\+ *", r"\n\+? *", r"\p{N}{1,2}",
     r"'(?:[sdmt]|ll|ve|re)", r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+", r"\s+?(?=\n|\S)", r"\s+"])
 
 
@@ -308,7 +309,7 @@ def fetch(url, page, path, size, digest, bar):
                 with get(url, page, f.tell(), stream=True) as answer:
                     if answer.status_code != 206 or not answer.headers.get("Content-Range", "").startswith(f"bytes {f.tell()}-"):
                         f.seek(f.truncate(0))  # this server cannot go on in the middle
-                    for block in answer.iter_content(1 << 20):
+                    for block in answer.iter_content(1 << 16):
                         f.write(block)
                         bar.update(len(block))
                         work.done = max(work.done, f.tell())
@@ -824,39 +825,47 @@ def family_compositions():
             if FINISHES[e][3] in ("any", REDUCES[r][4])]
 
 
+def family_program(composition, name, a, constants):
+    """The program of one composition; `constants`: of the filter, the map, the reduction and the finish."""
+    (f, m, r, e), (kf, km, kr, ke) = composition, constants
+    fill = lambda text, k: text.format(x="x", y="y", a=a, k=k, r=REDUCES[r][3])
+    inner = [f"y = {fill(MAPS[m][1], km)}"] + [fill(line, kr) for line in REDUCES[r][2]]
+    if FILTERS[f][1]:
+        inner = [f"if {fill(FILTERS[f][1], kf)}:"] + ["    " + line for line in inner]
+    body = [fill(line, kr) for line in REDUCES[r][1]] + [f"for x in {a}:"] + ["    " + line for line in inner]
+    body += [fill(line, ke) for line in FINISHES[e][1]] + [f"return {fill(FINISHES[e][2], ke)}"]
+    program = "\n    ".join([f"def {name}({a}):"] + body)
+    return "".join(code + "\n" for helper, code in HELPERS.items() if helper + "(" in program) + program
+
+
 def family_problem(composition, rng):
     """{instruction, response, entry_point, test} of one composition: names, constants and phrases drawn by `rng`, the
     assertions computed by running the program."""
-    (f, m, r, e), name, a, x = composition, rng.choice(NAMES), rng.choice(ARGUMENTS), "x"
-    phrases, body = [], []
-    pick = lambda text, k: text.format(a=a, x=x, y="y", k=k, r=REDUCES[r][3])
-    kf, km, kr, ke = *(rng.randint(2, 20) for _ in range(3)), rng.randint(2, 4 if e == "first" else 20)  # "first 20" would never bite
-    phrases = [pick(rng.choice(table[key][0]), k) for table, key, k in
-               ((FILTERS, f, kf), (MAPS, m, km), (REDUCES, r, kr), (FINISHES, e, ke))]
-    body += [pick(line, kr) for line in REDUCES[r][1]] + [f"for {x} in {a}:"]
-    inner = [f"y = {pick(MAPS[m][1], km)}"] + [pick(line, kr) for line in REDUCES[r][2]]
-    if FILTERS[f][1]:
-        inner = [f"if {pick(FILTERS[f][1], kf)}:"] + ["    " + line for line in inner]
-    body += ["    " + line for line in inner] + [pick(line, ke) for line in FINISHES[e][1]]
-    body += [f"return {pick(FINISHES[e][2], ke)}"]
-    program = f"def {name}({a}):\n" + "".join(f"    {line}\n" for line in body)
-    program = "".join(code + "\n" for helper, code in HELPERS.items() if helper + "(" in program) + program
-    space = {}
+    name, a, finish = rng.choice(NAMES), rng.choice(ARGUMENTS), composition[3]
+    constants = [rng.randint(2, 20) for _ in range(3)] + [rng.randint(2, 4 if finish == "first" else 20)]
+    phrases = [rng.choice(table[key][0]).format(a=a, k=k) for table, key, k in
+               zip((FILTERS, MAPS, REDUCES, FINISHES), composition, constants)]
+    program, space = family_program(composition, name, a, constants), {}
     exec(program, space)  # ours, not a model's
-    tests = [[]] + [[rng.randint(-12, 30) for _ in range(rng.randint(3, 9))] for _ in range(7)]
+    tests = [[]] + [[rng.randint(-12, 30) for _ in range(rng.randint(3, 9))] for _ in range(9)]
     return {"instruction": f"Write a Python function `{name}({a})` that {phrases[0]}, {phrases[1]} and {phrases[2]}"
                            f"{phrases[3]}.",
-            "response": program.rstrip("\n"), "entry_point": name,
+            "response": program, "entry_point": name,
             "test": "".join(f"assert {name}({t}) == {space[name](list(t))!r}\n" for t in tests)}
 
 
 def family(cfg):
-    """(training pairs, held-out problems). The compositions are shuffled by the seed and cut in two: what is held out
-    shares no composition with training. Training takes them in turn until there are cfg.family_size pairs."""
-    rng = random.Random(cfg.seed)
-    compositions = family_compositions()
-    rng.shuffle(compositions)
-    test, train = compositions[:cfg.family_heldout], compositions[cfg.family_heldout:]
+    """(training pairs, held-out problems). What is held out shares no composition with training, and no program that
+    is the same but for its constants (doubling and multiplying by k are such) either. Training takes its compositions
+    in turn until there are cfg.family_size pairs."""
+    rng, groups = random.Random(cfg.seed), {}
+    for c in family_compositions():
+        groups.setdefault(re.sub(r"\d+", "", family_program(c, "f", "a", [0] * 4)), []).append(c)
+    groups = list(groups.values())
+    rng.shuffle(groups)
+    test = [rng.choice(group) for group in groups[:cfg.family_heldout]]
+    train = [c for group in groups[cfg.family_heldout:] for c in group]
+    rng.shuffle(train)
     pairs = [family_problem(train[i % len(train)], rng) for i in range(cfg.family_size)]
     problems = [{"task_id": f"family/{i}", "composition": c, **family_problem(c, rng)} for i, c in enumerate(test)]
     return ([{k: p[k] for k in ("instruction", "response")} for p in pairs],
@@ -1148,7 +1157,7 @@ def prepare(cfg):
         wait_for([Path(cfg.tokenizer)], "tokenizer")
     try:
         enc = get_tokenizer(cfg.tokenizer)
-    except ValueError as e:
+    except (OSError, ValueError) as e:
         die(f"tokenizer={cfg.tokenizer}: {e}")
     if enc.n_vocab > 2 ** 16:
         die(f"tokenizer={cfg.tokenizer} has {enc.n_vocab:,} entries, and a bin holds numbers of 16 bits")

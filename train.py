@@ -42,6 +42,7 @@ class Settings:
     n_layer = 12  # blocks
     n_head = 12  # attention heads in each
     n_embd = 768  # width of the residual stream
+    n_hidden = 0  # width of SwiGLU; 0: 4 * n_embd
     # the batch
     batch_size = 1024  # rows of block_size tokens in an optimizer step, over all ranks
     micro_batch = 32  # rows in one forward pass of one rank; batch_size / (micro_batch * ranks) are accumulated
@@ -347,7 +348,8 @@ def main():
         cfg.block_size = min(cfg.block_size, model.config.block_size)
     train_rows, val_rows, meta = open_data(cfg)
     if not cfg.pretrained:
-        model = GPT(GPTConfig(cfg.block_size, 64 * math.ceil(meta["vocab_size"] / 64), cfg.n_layer, cfg.n_head, cfg.n_embd))
+        model = GPT(GPTConfig(cfg.block_size, 64 * math.ceil(meta["vocab_size"] / 64), cfg.n_layer, cfg.n_head, cfg.n_embd,
+                              cfg.n_hidden))
     elif start_meta and start_meta["fingerprint"] != meta["fingerprint"]:
         die(f"{cfg.pretrained} was trained with {start_meta['tokenizer']}, data/{cfg.dataset} is in {meta['tokenizer']}: "
             "prepare the data with the model's tokenizer")

@@ -8,7 +8,7 @@ instruct = ("stdlib", "family")
 source = "data/demo-instruct.jsonl"
 dest = "data/demo-edits.jsonl"
 benchmark = "data/demo-problems.jsonl"
-_samples = 2
+samples = 2  # edit sequences a program
 
 # the model
 out_dir = "out-demo"
@@ -17,7 +17,7 @@ n_layer, n_head, n_embd = 4, 4, 128
 
 # 16 rows * 256 tokens = 4,096 tokens a step
 batch_size = micro_batch = 16
-max_iters = 600
+max_iters = 400
 optimizer = "muon"
 learning_rate = 3e-3
 muon_lr = 0.02

@@ -7,6 +7,6 @@ dataset = "demo-edits"
 pretrained = "out-demo"
 out_dir = "out-demo-edits"
 
-epochs = 2  # over 2 edit sequences a pair
+epochs = 1  # over 2 edit sequences a pair
 max_iters = 0
 eval_interval = 400

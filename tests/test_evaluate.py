@@ -308,6 +308,17 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(fake, tmp_path):
     finished(fake(*args, "--seed=2", "--results=cut"))  # other settings: the old samples are kept beside the new
     kept, = (tmp_path / "cut").glob("samples-*.jsonl")
     assert len(rows(kept)) == 72 and len(rows(tmp_path / "cut/samples.jsonl")) == 60
+    before = len(rows(tmp_path / "log"))  # another limit: the same samples are judged again
+    out = finished(fake(*args, "--seed=2", "--timeout=5", "--results=cut"))
+    assert "ran 60 programs" in out and len(rows(tmp_path / "log")) == before
+
+
+def test_a_foreign_file_in_the_results_folder_is_kept(fake, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/samples.jsonl").write_text("something else\n")
+    finished(fake("--out_dir=tuned", "--temperatures=0", "--results=r"))
+    assert len(rows(tmp_path / "r/samples.jsonl")) == 12
+    assert (tmp_path / "r/samples-None.jsonl").read_text() == "something else\n"
 
 
 def test_two_ranks_write_what_one_writes(fake, tmp_path):

@@ -4,7 +4,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,7 +86,7 @@ while True:
     "kills its group": ("failed", "import os, signal\nsignal.signal(15, signal.SIG_IGN)\nos.killpg(0, 15)\nf = str"),
     "kills all": ("error", "import os\nos.kill(-1, 9)\nf = str"),
     "deep recursion": ("error", "def f(x): return f(x)"),
-    "deep recursion, no limit": (("killed", "memory"), "import sys\nsys.setrecursionlimit(10**9)\n"
+    "deep recursion, no limit": (("killed", "memory", "error"), "import sys\nsys.setrecursionlimit(10**9)\n"
                                  "class A:\n    def __getattr__(self, x): return getattr(self, x + 'a')\nA().b"),
     "deep brackets": (("error", "memory"), "f = " + "(" * 100000),
     "segfault": ("killed", "import ctypes; ctypes.string_at(0)"),
@@ -109,6 +108,8 @@ f = str"""),
     "excepthook": ("failed", "import sys, os\nsys.excepthook = lambda *a: os._exit(0)\nf = str"),
     "patched exec": ("failed", "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\nf = str"),
     "patched os": ("failed", "import os, json\nos.write = os._exit = os.getpid = json.dumps = print\nf = str"),
+    "patched everything": ("failed", "import builtins\nfor n in dir(builtins):\n"
+                           "    if n != 'setattr' and n[0] != '_': setattr(builtins, n, print)\nf = str"),
     "patched AssertionError": ("failed", "import builtins\nbuiltins.AssertionError = SystemExit\nf = str"),
     "trace that jumps": ("failed", """
 import sys
