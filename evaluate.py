@@ -55,6 +55,8 @@ class Settings:
     num_samples = 10  # samples a problem at every other temperature
     top_p = 0.95  # nucleus
     max_new_tokens = 512  # a sample
+    constrained = True  # edits: every hunk names a place that exists in the program so far and counts its lines right
+    edit_retries = 0  # edits: how often one that leaves linter errors is drawn again
     ks = (1, 10)  # the k of pass@k
     timeout = 10.0  # seconds of CPU a program (three times that by the clock)
     memory_mb = 1024  # address space of a process of a program
@@ -652,6 +654,7 @@ def generate(cfg, journal, problems, model, enc, form, temperature, n):
             written += new
         sample.complete(model, enc, form, [p[field] for p, _ in todo], max_new_tokens=cfg.max_new_tokens,
                         temperature=temperature, top_p=cfg.top_p, batch_size=cfg.decode_batch, on_done=on_done,
+                        constrained=cfg.constrained, edit_retries=cfg.edit_retries,
                         stop=STOPS if form == "text" else (),
                         seeds=[zlib.crc32(f"{cfg.seed}/{p['task_id']}/{i}".encode()) for p, i in todo])
     seconds = time.monotonic() - start
@@ -824,7 +827,7 @@ def main():
                 direct = cfg.results and len(names) * len(cfg.temperatures) == 1
                 journal = Journal(base if direct else base / f"{label.replace('/', '--')}-t{t:g}", [
                     cfg.benchmark, cfg.benchmark_file, *state(Path(name, "ckpt.pt")), info["step"], info["form"], t, cfg.top_p,
-                    cfg.max_new_tokens, cfg.seed])
+                    cfg.max_new_tokens, cfg.seed, cfg.constrained, cfg.edit_retries])
                 generate(cfg, journal, mine, model, enc, info["form"], t, n)
                 finish(journal, info["form"], n, label, t)
             say(f"  {time.monotonic() - start:.1f} s")

@@ -180,7 +180,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, *, temperature=1.0, top_p=1.0, seeds=None, stop_tokens=(), stop=None,
-                 batch_size=64, on_token=None):
+                 accept=None, batch_size=64, on_token=None):
         """Continue every prompt; returns one list of new tokens each, without the stop token that ended it.
 
         prompts: lists of token ids, none empty, of any lengths. temperature 0 is argmax; else the nucleus of
@@ -188,6 +188,10 @@ class GPT(nn.Module):
         (`seeds`: ints, default 0, 1, ...), so that a sample does not depend on what shares its batch. A row ends at a
         token of `stop_tokens`, when `stop(new_tokens)` is true, after max_new_tokens, or at block_size; its place
         goes to the next prompt. `on_token(i, token)` is called as prompt i's tokens come, with None at its end.
+        `accept(i, token, n)` is asked before prompt i's n-th new token (from 0) is taken: None takes it; False has
+        another one drawn in its place; a number takes it and then keeps that many of the row's new tokens (n + 1 is
+        all of them; on_token hears of fewer as a negative number of tokens). What was cut is drawn again, at
+        temperature 1 if `temperature` is 0, until a number comes again.
         Keys and values are cached: each token costs one row of one forward pass. ValueError on an empty prompt or one
         that fills block_size."""
         device, dtype, S = self.wte.weight.device, self.wte.weight.dtype, self.config.block_size
@@ -201,24 +205,49 @@ class GPT(nn.Module):
                   for _ in self.blocks]
         outputs, waiting = [[] for _ in prompts], list(range(len(prompts)))[::-1]
         owner = [None] * B  # which prompt each slot of the batch works on
-        uniforms = torch.zeros(B, max_new_tokens)  # each slot's random numbers, one a token
+        uniforms, randoms = torch.zeros(B, max_new_tokens), [None] * B  # each slot's random numbers, one a token
         tokens, lengths = torch.zeros(B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)  # last token, cached
+        again = set()  # slots that draw a cut part again
 
         def take(slots, logits):
             """Sample a token for each of `slots` from logits (len(slots), V); free the slots whose row ended."""
-            u = torch.stack([uniforms[s, len(outputs[owner[s]])] for s in slots]) if temperature else None
-            for s, token in zip(slots, sample_tokens(logits, temperature, top_p, u).tolist()):
-                i = owner[s]
-                tokens[s] = token
-                ended = token in stop_tokens
+            u = torch.stack([uniforms[s, len(outputs[owner[s]])] for s in slots]) if temperature or again else None
+            drawn = sample_tokens(logits, temperature, top_p, u).tolist()
+            for r, (s, token) in enumerate(zip(slots, drawn)):
+                i, row = owner[s], logits[r:r + 1]
+                if s in again and not temperature:
+                    token = sample_tokens(row, 1.0, top_p, u[r:r + 1]).item()
+                keep, refused = accept(i, token, len(outputs[i])) if accept else None, 0
+                while keep is False:  # refusing until one is taken draws from what may be taken, exactly
+                    row[0, token], refused = -math.inf, refused + 1
+                    if row.max() == -math.inf:
+                        token, keep = None, None
+                        break
+                    hot = (temperature or s in again) and refused < 64  # or the best that is left
+                    token = sample_tokens(row, (temperature or 1.0) if hot else 0, top_p, torch.rand(
+                        1, generator=randoms[s])).item()
+                    keep = accept(i, token, len(outputs[i]))
+                ended = token is None or token in stop_tokens
                 if not ended:
+                    tokens[s] = token
                     outputs[i].append(token)
                     if on_token:
                         on_token(i, token)
                     ended = (len(outputs[i]) == max_new_tokens or len(prompts[i]) + len(outputs[i]) >= S
                              or bool(stop and stop(outputs[i])))
+                if keep is not None and not ended:
+                    again.discard(s)
+                    if keep < len(outputs[i]):  # back to there: the cache past it is overwritten before it is seen
+                        again.add(s)
+                        if on_token:
+                            on_token(i, keep - len(outputs[i]))
+                        del outputs[i][keep:]
+                        tokens[s] = (prompts[i] + outputs[i])[-1]
+                        lengths[s] = len(prompts[i]) + keep - 1
+                        uniforms[s] = torch.rand(max_new_tokens, generator=randoms[s])
                 if ended:
                     owner[s], lengths[s] = None, 0  # an idle slot computes one masked position, and nobody looks
+                    again.discard(s)
                     if on_token:
                         on_token(i, None)
 
@@ -229,8 +258,8 @@ class GPT(nn.Module):
                 for s in slots:
                     owner[s] = i = waiting.pop()
                     lengths[s] = len(prompts[i])
-                    uniforms[s] = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(
-                        seeds[i] if seeds is not None else i))
+                    randoms[s] = torch.Generator().manual_seed(seeds[i] if seeds is not None else i)
+                    uniforms[s] = torch.rand(max_new_tokens, generator=randoms[s])
                 T = max(len(prompts[owner[s]]) for s in slots)
                 # Padded on the right: causal attention keeps the padding from every real token, and decoding
                 # overwrites its keys before the mask lets anyone see them.

@@ -724,10 +724,8 @@ def stdlib_pairs():
 # program is nowhere to be found; only the constants and names are copied, and to the places where they belong.
 # {k} is a constant, {a} the argument, {x} an item.
 HELPERS = {
-    "is_prime": "def is_prime(n):\n    if n < 2:\n        return False\n    for d in range(2, n):\n"
-                "        if n % d == 0:\n            return False\n    return True\n",
-    "digit_sum": "def digit_sum(n):\n    total = 0\n    for digit in str(abs(n)):\n        total += int(digit)\n"
-                 "    return total\n",
+    "is_prime": "def is_prime(n):\n    return n > 1 and all(n % d for d in range(2, n))\n",
+    "digit_sum": "def digit_sum(n):\n    return sum(int(d) for d in str(abs(n)))\n",
     "collatz": "def collatz(n):\n    if n % 2 == 0:\n        return n // 2\n    return 3 * n + 1\n",
 }
 FILTERS = {
@@ -800,9 +798,9 @@ REDUCES = {  # phrases, lines before the loop, lines for each value {y}, result,
 }
 FINISHES = {  # phrases, lines after the loop ({r} is the result's name), the returned expression, type of result
     "plain": (("",), [], "{r}", "any"),
-    "plus": ((", plus {k}", ", increased by {k}"), ["{r} += {k}"], "{r}", "int"),
-    "times": ((", times {k}", ", multiplied by {k}"), ["{r} *= {k}"], "{r}", "int"),
-    "modulo": ((", modulo {k}", ", reduced modulo {k}"), ["{r} %= {k}"], "{r}", "int"),
+    "plus": ((", plus {k}", ", increased by {k}"), [], "{r} + {k}", "int"),
+    "times": ((", times {k}", ", multiplied by {k}"), [], "{r} * {k}", "int"),
+    "modulo": ((", modulo {k}", ", reduced modulo {k}"), [], "{r} % {k}", "int"),
     "absolute": ((", without its sign", ", as an absolute value"), [], "abs({r})", "int"),
     "cap": ((", but at most {k}", ", limited to {k}"), ["if {r} > {k}:", "    {r} = {k}"], "{r}", "int"),
     "negate": ((", negated", ", with its sign flipped"), [], "-{r}", "int"),

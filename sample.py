@@ -8,6 +8,7 @@ The program goes to standard output or --out, what the model wrote (the edits, i
 error. Nothing that a model writes is run here. Left out: chat, and prompts longer than the model's block_size.
 """
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class Settings:
     max_new_tokens = 512  # at most, a sample
     temperature = 0.0  # 0 takes the likeliest token; the paper samples with 1 and top_p 0.95
     top_p = 0.95  # nucleus
+    constrained = True  # edits: every hunk names a place that exists in the program so far and counts its lines right
+    edit_retries = 0  # edits: how often one that leaves linter errors is drawn again
     seed = 1337  # of the first sample
     device = "auto"  # cuda if there is one, mps, else cpu
     dtype = "auto"  # bfloat16 on cuda, else float32
@@ -100,12 +103,13 @@ def prompt_text(form, prompt):
     return prompt + ("" if prompt[-1:].isspace() else "\n")
 
 
-def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, seeds, stop=(), batch_size=64,
-             on_done=None, on_text=None):
+def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, seeds, stop=(), constrained=True,
+             edit_retries=0, batch_size=64, on_done=None, on_text=None):
     """One raw text a prompt: what the model wrote up to end-of-text, a string of `stop` or max_new_tokens.
 
     A prompt that leaves no room in block_size is answered with "". on_done(i, raw) is called as prompt i finishes,
-    in any order; on_text(i, text) as its text comes, in pieces of whole characters."""
+    in any order; on_text(i, text) as its text comes, in pieces of whole characters. Edits are `constrained` and drawn
+    again as Guide says."""
     ids = [enc.encode(prompt_text(form, p), allowed_special={prepare.DIFF}, disallowed_special=()) for p in prompts]
     fits = [i for i, x in enumerate(ids) if 0 < len(x) < model.config.block_size]
     tokens, done = [[] for _ in prompts], [None] * len(prompts)
@@ -127,16 +131,107 @@ def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, s
         i = fits[j]
         if token is None:
             return finish(i)
+        if token < 0:
+            del tokens[i][token:]
+            return
         tokens[i].append(token)
         if on_text and not enc.decode(tokens[i][-4:], errors="replace").endswith("\ufffd"):
             on_text(i, text_of(tokens[i]))
 
     for i in set(range(len(prompts))) - set(fits):
         finish(i)
+    guides = [Guide(enc, edit_retries) for _ in fits] if constrained and form == "edits" else None
     model.generate([ids[i] for i in fits], max_new_tokens, temperature=temperature, top_p=top_p,
                    seeds=[seeds[i] for i in fits], stop_tokens=(enc.eot_token,), stop=stopped if stop else None,
-                   batch_size=batch_size, on_token=on_token)
+                   accept=guides and (lambda j, token, n: guides[j](token, n)), batch_size=batch_size, on_token=on_token)
     return done
+
+
+class Guide:
+    """Constrained decoding of one sequence of edits: called with a token and how many came before, it answers as
+    model.generate's `accept` wants.
+
+    A hunk's header `@@ -a,0 +c,n @@` must name a line that the program so far has, past the hunk before it, with the c
+    that follows from it; n lines with "+" must come, then another hunk or a marker; two markers and end-of-text end
+    it. Where an edit leaves a program with linter errors, it is drawn again, up to `retries` times."""
+
+    def __init__(self, enc, retries=0):
+        self.enc, self.retries, self.tries = enc, retries, 0
+        # where we are: what comes, the line so far, lines due in the hunk, the next hunk's least a, lines the edit adds
+        self.now = ("edge", "", 0, 0, 0), "", []  # that, the edit's text, the program's lines
+        self.begin = 0, self.now  # of this edit: tokens before it, and that
+
+    def __call__(self, token, n):
+        state, text, lines = self.now
+        if token == self.enc.eot_token:
+            ends = state[0] == "done" or state[0] == "edge" and lines or state[0] == "body" and not state[2]
+            return None if ends else False
+        try:
+            piece = self.enc.decode_single_token_bytes(token).decode("latin-1")
+        except KeyError:  # a row of the embedding that no token has
+            return False
+        whole = False
+        for c in piece:
+            state, text = advance(state, c, len(lines)), text + c
+            if state is None:
+                return False
+            if state[0] == "edge":
+                edit, text, lines, whole = text[:-len("\n" + lintseq.DIFF)], "", list(lines), True
+                lintseq.apply_edit(lines, edit.encode("latin-1").decode("utf-8", "replace"), {"hunks": 0, "malformed": 0})
+        if whole and self.tries < self.retries and broken("\n".join(lines)):
+            self.tries += 1
+            n, self.now = self.begin
+            return n
+        self.now = state, text, lines
+        if whole:
+            self.tries, self.begin = 0, (n + 1, self.now)
+            return n + 1
+
+
+def advance(state, c, size):
+    """Guide's state after one more character, None where it cannot come; size: lines of the program so far."""
+    what, line, due, low, added = state
+    line += c
+    if what == "body":  # in a line of a hunk; of what it holds only a marker matters
+        return None if line.endswith(lintseq.DIFF) else (("line", "", due, low, added) if c == "\n" else
+                                                         (what, line[-8:], due, low, added))
+    if what == "line":  # at the beginning of a line
+        if due:
+            return ("body", "", due - 1, low, added) if c == "+" else None
+        return ("header", line, 0, low, added) if c == "@" and low <= size else ("marker", line, 0, 0, 0) if c == "<" else None
+    if what == "edge":  # after a marker
+        return ("header", line, 0, 0, 0) if c == "@" else ("end", "", 0, 0, 0) if c == "\n" and size else None
+    if what in ("marker", "end"):
+        if line == lintseq.DIFF:
+            return ("edge" if what == "marker" else "done", "", 0, 0, 0)
+        return (what, line, 0, 0, 0) if lintseq.DIFF.startswith(line) else None
+    found = re.match(r"@@ -(\d+)(.*)", line, re.DOTALL)  # in a header: "@@ -a,0 +c @@" or "@@ -a,0 +c,n @@"
+    if not found:
+        return (what, line, due, low, added) if "@@ -".startswith(line) else None
+    a, rest = int(found[1]), found[2]
+    place = f",0 +{a + 1 + added}"
+    if not rest:  # does a number from low to size begin so?
+        if found[1] != str(a) or not any(a * 10 ** k <= size and (a + 1) * 10 ** k > low for k in range(len(str(size)) if a else 1)):
+            return None
+    elif not rest.startswith(place):
+        if not (low <= a <= size and place.startswith(rest)):
+            return None
+    elif rest != place + ",":
+        number = re.match(r",([1-9]\d{0,3})", rest[len(place):])
+        tail = rest[len(place) + (number.end() if number else 0):]
+        n = int(number[1]) if number else 1
+        if not " @@\n".startswith(tail) or tail and number and n == 1:
+            return None
+        if tail == " @@\n":
+            return ("line", "", n, a + 1, added + n)
+    return (what, line, due, low, added)
+
+
+def broken(source):
+    try:
+        return bool(lintseq.lint(source))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return True
 
 
 def program(form, prompt, raw):
@@ -167,6 +262,9 @@ def main():
 
         def show(_, text):
             nonlocal shown
+            if len(text) < shown:  # an edit is drawn again
+                print("\n# again:", file=sys.stderr)
+                shown = text.rfind(lintseq.DIFF) + len(lintseq.DIFF)
             piece, shown = text[shown:], len(text)
             if colour and form == "edits":
                 piece = piece.replace("<|diff|>", "\033[2m<|diff|>\033[0m").replace("@@ -", "\033[36m@@ -")
@@ -174,7 +272,8 @@ def main():
             print(piece, end="", file=sys.stderr, flush=True)
 
         raw, = complete(model, enc, form, [prompt], max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                        top_p=cfg.top_p, seeds=[cfg.seed + n], on_text=show)
+                        top_p=cfg.top_p, seeds=[cfg.seed + n], constrained=cfg.constrained,
+                        edit_retries=cfg.edit_retries, on_text=show)
         print("\033[0m" if colour else "", file=sys.stderr)
         source, report = program(form, prompt, raw)
         if report["malformed"]:

@@ -387,7 +387,7 @@ def main():
     say(f"{raw.num_params() / 1e6:.2f}M parameters, {cfg.block_size} tokens a row, {tokens_a_step:,} a step "
         f"({world} x {math.ceil(per_rank / micro)} x {micro} rows), {max_iters:,} steps, {device}, {dtype}")
     if isinstance(train_rows, ExampleRows):
-        n = train_rows.rows_in(1)
+        n = train_rows.rows_in(1) / train_rows.epochs
         say(f"{len(train_rows.begin):,} examples, {len(train_rows.begin) / n:.1f} to a row, rows "
             f"{train_rows.length.sum() / (n * cfg.block_size):.1%} full, {train_rows.truncated:,} examples truncated")
 

@@ -17,7 +17,7 @@ n_layer, n_head, n_embd = 4, 4, 128
 
 # 16 rows * 256 tokens = 4,096 tokens a step
 batch_size = micro_batch = 16
-max_iters = 400
+max_iters = 300
 optimizer = "muon"
 learning_rate = 3e-3
 muon_lr = 0.02
@@ -26,3 +26,11 @@ weight_decay = 0.01
 eval_interval = 100
 eval_rows = 128
 log_interval = 20
+
+# the scores: a row a model
+init_from = "out-demo,out-demo-programs,out-demo-edits"
+temperatures = (0.0, 1.0)
+num_samples = 10
+max_new_tokens = 192
+decode_batch = 128
+results = "out-demo-eval"

@@ -117,6 +117,48 @@ def test_a_sample_does_not_depend_on_its_batch(model):
     assert model.generate(prompts[:1], 25, seeds=[1])[0] != model.generate(prompts[:1], 25, seeds=[2])[0]
 
 
+def test_refused_tokens_leave_the_distribution_of_the_rest(model):
+    prompt = [5, 6, 7]
+    logits = model(torch.tensor([prompt]))[0][0, -1].detach()
+    taboo = set(logits.topk(40).indices.tolist())
+    out = model.generate([prompt] * 4000, 1, accept=lambda i, token, n: False if token in taboo else None, batch_size=500)
+    logits[list(taboo)] = -float("inf")
+    p, count = logits.softmax(-1), torch.bincount(torch.tensor(out)[:, 0], minlength=320)
+    keep = p > 0
+    assert count[~keep].sum() == 0
+    chi2 = ((count[keep] - 4000 * p[keep]) ** 2 / (4000 * p[keep])).sum().item()
+    assert chi2 < 279 + 5 * (2 * 279) ** 0.5  # mean and deviation of chi-squared with 279 degrees of freedom
+    allowed = lambda i, token, n: None if token == 8 else False
+    assert model.generate([prompt], 3, temperature=0, accept=allowed) == [[8, 8, 8]]
+    assert model.generate([prompt], 3, accept=lambda i, token, n: False) == [[]]
+
+
+def test_a_cut_part_is_drawn_again_as_if_it_had_not_been(model):
+    prompts = [torch.randint(320, (n,)).tolist() for n in (5, 30, 12, 1)]
+    plain = model.generate(prompts, 12, temperature=0)
+    for temperature in (0, 1.0):
+        cuts, seen = {}, [[] for _ in prompts]
+
+        def accept(i, token, n):  # the eighth token of each row: back to the third, twice; then all of it is kept
+            cuts[i] = cuts.get(i, 0) + (n == 7)
+            return None if n != 7 else 3 if cuts[i] < 3 else 8
+
+        def on_token(i, token):
+            if token is not None and token < 0:
+                del seen[i][token:]
+            elif token is not None:
+                seen[i].append(token)
+
+        out = model.generate(prompts, 12, temperature=temperature, accept=accept, on_token=on_token, batch_size=3)
+        assert out == seen and list(map(len, out)) == [12] * 4 and set(cuts.values()) == {3}
+        cuts.clear()
+        assert out == [model.generate([p], 12, temperature=temperature, accept=lambda _, t, n: accept(i, t, n), seeds=[i])[0]
+                       for i, p in enumerate(prompts)]
+        if not temperature:  # after the cut, argmax again from the ninth on
+            assert all(o[:3] == p[:3] and o != p for o, p in zip(out, plain))
+            assert [o[8:] for o in out] == [greedy(model, p + o[:8], 4) for p, o in zip(prompts, out)]
+
+
 def test_sampling_follows_the_nucleus():
     p = torch.tensor([0.1, 0.5, 0.15, 0.25])
     u = (torch.arange(20_000) + 0.5) / 20_000
