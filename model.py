@@ -188,10 +188,10 @@ class GPT(nn.Module):
         (`seeds`: ints, default 0, 1, ...), so that a sample does not depend on what shares its batch. A row ends at a
         token of `stop_tokens`, when `stop(new_tokens)` is true, after max_new_tokens, or at block_size; its place
         goes to the next prompt. `on_token(i, token)` is called as prompt i's tokens come, with None at its end.
-        `accept(i, token, n)` is asked before prompt i's n-th new token (from 0) is taken: None takes it; False has
-        another one drawn in its place; a number takes it and then keeps that many of the row's new tokens (n + 1 is
-        all of them; on_token hears of fewer as a negative number of tokens). What was cut is drawn again, at
-        temperature 1 if `temperature` is 0, until a number comes again.
+        `accept(i, new, token)` is asked before `token` joins prompt i's list of new tokens: None takes it; False has
+        another one drawn in its place; a list becomes the new tokens (what it shares with the old ones stays cached,
+        the rest is fed). After a list that is no longer than `new`, tokens are drawn at temperature 1 even if
+        `temperature` is 0, until a longer one comes; on_token hears of removed tokens as a negative number of them.
         Keys and values are cached: each token costs one row of one forward pass. ValueError on an empty prompt or one
         that fills block_size."""
         device, dtype, S = self.wte.weight.device, self.wte.weight.dtype, self.config.block_size
@@ -207,7 +207,7 @@ class GPT(nn.Module):
         owner = [None] * B  # which prompt each slot of the batch works on
         uniforms, randoms = torch.zeros(B, max_new_tokens), [None] * B  # each slot's random numbers, one a token
         tokens, lengths = torch.zeros(B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)  # last token, cached
-        again = set()  # slots that draw a cut part again
+        again, feed = set(), [[] for _ in range(B)]  # slots that draw a cut part again; tokens that are not to be drawn
 
         def take(slots, logits):
             """Sample a token for each of `slots` from logits (len(slots), V); free the slots whose row ended."""
@@ -215,9 +215,13 @@ class GPT(nn.Module):
             drawn = sample_tokens(logits, temperature, top_p, u).tolist()
             for r, (s, token) in enumerate(zip(slots, drawn)):
                 i, row = owner[s], logits[r:r + 1]
-                if s in again and not temperature:
-                    token = sample_tokens(row, 1.0, top_p, u[r:r + 1]).item()
-                keep, refused = accept(i, token, len(outputs[i])) if accept else None, 0
+                new, keep, refused = outputs[i], None, 0
+                if feed[s]:
+                    token = feed[s].pop(0)
+                else:
+                    if s in again and not temperature:
+                        token = sample_tokens(row, 1.0, top_p, u[r:r + 1]).item()
+                    keep = accept(i, new, token) if accept else None
                 while keep is False:  # refusing until one is taken draws from what may be taken, exactly
                     row[0, token], refused = -math.inf, refused + 1
                     if row.max() == -math.inf:
@@ -226,27 +230,34 @@ class GPT(nn.Module):
                     hot = (temperature or s in again) and refused < 64  # or the best that is left
                     token = sample_tokens(row, (temperature or 1.0) if hot else 0, top_p, torch.rand(
                         1, generator=randoms[s])).item()
-                    keep = accept(i, token, len(outputs[i]))
+                    keep = accept(i, new, token)
+                if keep is not None and keep != new + [token]:
+                    same = next((k for k, (x, y) in enumerate(zip(new, keep)) if x != y), min(len(new), len(keep)))
+                    if len(keep) <= len(new):
+                        uniforms[s] = torch.rand(max_new_tokens, generator=randoms[s])
+                        again.add(s)
+                    else:
+                        again.discard(s)
+                    if on_token and same < len(new):
+                        on_token(i, same - len(new))
+                    del new[same:]
+                    feed[s] = keep[same:]
+                    if not feed[s]:  # back to there: the cache past it is overwritten before it is seen
+                        tokens[s], lengths[s] = (prompts[i] + new)[-1], len(prompts[i]) + same - 1
+                        continue
+                    token = feed[s].pop(0)
+                    lengths[s] = len(prompts[i]) + same
+                elif keep is not None:
+                    again.discard(s)
                 ended = token is None or token in stop_tokens
                 if not ended:
                     tokens[s] = token
-                    outputs[i].append(token)
+                    new.append(token)
                     if on_token:
                         on_token(i, token)
-                    ended = (len(outputs[i]) == max_new_tokens or len(prompts[i]) + len(outputs[i]) >= S
-                             or bool(stop and stop(outputs[i])))
-                if keep is not None and not ended:
-                    again.discard(s)
-                    if keep < len(outputs[i]):  # back to there: the cache past it is overwritten before it is seen
-                        again.add(s)
-                        if on_token:
-                            on_token(i, keep - len(outputs[i]))
-                        del outputs[i][keep:]
-                        tokens[s] = (prompts[i] + outputs[i])[-1]
-                        lengths[s] = len(prompts[i]) + keep - 1
-                        uniforms[s] = torch.rand(max_new_tokens, generator=randoms[s])
+                    ended = (len(new) == max_new_tokens or len(prompts[i]) + len(new) >= S or bool(stop and stop(new)))
                 if ended:
-                    owner[s], lengths[s] = None, 0  # an idle slot computes one masked position, and nobody looks
+                    owner[s], lengths[s], feed[s] = None, 0, []  # an idle slot computes one masked position, in vain
                     again.discard(s)
                     if on_token:
                         on_token(i, None)

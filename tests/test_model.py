@@ -121,16 +121,16 @@ def test_refused_tokens_leave_the_distribution_of_the_rest(model):
     prompt = [5, 6, 7]
     logits = model(torch.tensor([prompt]))[0][0, -1].detach()
     taboo = set(logits.topk(40).indices.tolist())
-    out = model.generate([prompt] * 4000, 1, accept=lambda i, token, n: False if token in taboo else None, batch_size=500)
+    out = model.generate([prompt] * 4000, 1, accept=lambda i, new, token: False if token in taboo else None, batch_size=500)
     logits[list(taboo)] = -float("inf")
     p, count = logits.softmax(-1), torch.bincount(torch.tensor(out)[:, 0], minlength=320)
     keep = p > 0
     assert count[~keep].sum() == 0
     chi2 = ((count[keep] - 4000 * p[keep]) ** 2 / (4000 * p[keep])).sum().item()
     assert chi2 < 279 + 5 * (2 * 279) ** 0.5  # mean and deviation of chi-squared with 279 degrees of freedom
-    allowed = lambda i, token, n: None if token == 8 else False
+    allowed = lambda i, new, token: None if token == 8 else False
     assert model.generate([prompt], 3, temperature=0, accept=allowed) == [[8, 8, 8]]
-    assert model.generate([prompt], 3, accept=lambda i, token, n: False) == [[]]
+    assert model.generate([prompt], 3, accept=lambda i, new, token: False) == [[]]
 
 
 def test_a_cut_part_is_drawn_again_as_if_it_had_not_been(model):
@@ -139,9 +139,9 @@ def test_a_cut_part_is_drawn_again_as_if_it_had_not_been(model):
     for temperature in (0, 1.0):
         cuts, seen = {}, [[] for _ in prompts]
 
-        def accept(i, token, n):  # the eighth token of each row: back to the third, twice; then all of it is kept
-            cuts[i] = cuts.get(i, 0) + (n == 7)
-            return None if n != 7 else 3 if cuts[i] < 3 else 8
+        def accept(i, new, token):  # the eighth token of each row: back to the third, twice; then all of it is kept
+            cuts[i] = cuts.get(i, 0) + (len(new) == 7)
+            return None if len(new) != 7 else new[:3] if cuts[i] < 3 else new + [token]
 
         def on_token(i, token):
             if token is not None and token < 0:
@@ -152,11 +152,19 @@ def test_a_cut_part_is_drawn_again_as_if_it_had_not_been(model):
         out = model.generate(prompts, 12, temperature=temperature, accept=accept, on_token=on_token, batch_size=3)
         assert out == seen and list(map(len, out)) == [12] * 4 and set(cuts.values()) == {3}
         cuts.clear()
-        assert out == [model.generate([p], 12, temperature=temperature, accept=lambda _, t, n: accept(i, t, n), seeds=[i])[0]
+        assert out == [model.generate([p], 12, temperature=temperature, accept=lambda _, new, t: accept(i, new, t), seeds=[i])[0]
                        for i, p in enumerate(prompts)]
         if not temperature:  # after the cut, argmax again from the ninth on
             assert all(o[:3] == p[:3] and o != p for o, p in zip(out, plain))
             assert [o[8:] for o in out] == [greedy(model, p + o[:8], 4) for p, o in zip(prompts, out)]
+
+
+def test_replaced_tokens_are_read_in_place_of_the_old(model):
+    prompts = [torch.randint(320, (n,)).tolist() for n in (5, 30, 12, 1)]
+    plain, other = model.generate(prompts, 20, temperature=0), [7, 8, 9, 10, 11]
+    accept = lambda i, new, token: new[:4] + other + [token] if len(new) == 6 else None
+    for n, (p, old, new) in enumerate(zip(prompts, plain, model.generate(prompts, 20, temperature=0, accept=accept, batch_size=3))):
+        assert new[:10] == old[:4] + other + [old[6]] and new[10:] == greedy(model, p + new[:10], 10)
 
 
 def test_sampling_follows_the_nucleus():

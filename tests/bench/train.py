@@ -1,0 +1,155 @@
+"""Training throughput of model.py against transformers' OLMo: same shape, batch and precision, in one run.
+
+    python tests/bench/train.py                          # a CPU: 150M and the demo's size, float32
+    python tests/bench/train.py --shapes=150m,400m       # a GPU: bf16, every variant, 50 steps each
+
+A step is what a run does: forward, backward, clipping, AdamW. Ours and the peer's steps take turns, so that whatever
+else the machine does hits both; the peer is at its best: SDPA, fused AdamW, and on a GPU torch.compile, the better of
+with and without. On a GPU it also measures ours without compile, without the fused loss and with each attention
+backend, and a large matmul as the floor. Prints a table; --out=tests/bench/results/train-<device>.json keeps it.
+"""
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from model import GPT, GPTConfig  # noqa: E402
+
+SHAPES = {  # layers, heads, width, vocabulary, batch, length (batch and length on a CPU; a GPU takes --batch x 1024)
+    "150m": (12, 12, 768, 50304, 4, 512),
+    "400m": (24, 16, 1024, 50304, 2, 512),
+    "demo": (4, 4, 128, 1024, 16, 256),
+}
+
+
+def ours(shape, device, fused=True):
+    layers, heads, width, vocab, _, length = shape
+    model = GPT(GPTConfig(max(length, 256), vocab, layers, heads, width)).to(device)
+    if fused:
+        return model, lambda m, x, y: m(x, y)[1]
+    return model, lambda m, x, y: F.cross_entropy(m(x)[0].float().flatten(0, 1), y.flatten())
+
+
+def theirs(shape, device):
+    from transformers import OlmoConfig, OlmoForCausalLM
+    layers, heads, width, vocab, _, length = shape
+    model = OlmoForCausalLM(OlmoConfig(
+        vocab_size=vocab, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
+        max_position_embeddings=max(length, 256), tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa"))
+    # shifted outside, by the same targets as ours, so that both predict as many tokens
+    return model.to(device), lambda m, x, y: m(input_ids=x, labels=y, shift_labels=y).loss
+
+
+class Runner:
+    def __init__(self, made, shape, device, compiled=False, backend=None):
+        (self.model, self.loss), self.device, self.times = made, device, []
+        self.call = torch.compile(self.model) if compiled else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        x = torch.randint(shape[3], (shape[4], shape[5] + 1), device=device)
+        self.batch = x[:, :-1].contiguous(), x[:, 1:].contiguous()
+        self.backend = backend
+
+    def step(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        amp = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        kernel = torch.nn.attention.sdpa_kernel(self.backend) if self.backend else nullcontext()
+        with amp, kernel:
+            loss = self.loss(self.call, *self.batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.value = loss.item()  # waits for the device
+        self.times.append(time.perf_counter() - start)
+
+
+def floor(device):
+    """TFLOP/s of a large matmul in the precision of training."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best / 1e12
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shapes", default="")
+    parser.add_argument("--steps", type=int, default=0, help="timed steps of each; 0: 50 on a GPU, 4 on a CPU (20: demo)")
+    parser.add_argument("--batch", default="16,32,64", help="rows of 1,024 tokens on a GPU, each tried")
+    parser.add_argument("--out", default="")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    torch.set_float32_matmul_precision("high")
+    name = torch.cuda.get_device_name() if cuda else next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    peak = floor(device)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    result = {"device": name, "torch": torch.__version__, "commit": commit, "command": "python " + " ".join(sys.argv),
+              "threads": torch.get_num_threads(), "matmul TFLOP/s": round(peak, 3), "rows": []}
+    print(f"{name}, torch {torch.__version__}, a large matmul: {peak:.2f} TFLOP/s")
+    for shape_name in (args.shapes or ("150m" if cuda else "demo,150m")).split(","):
+        base = SHAPES[shape_name]
+        for batch in map(int, args.batch.split(",")) if cuda else [base[4]]:
+            shape = (*base[:4], batch, 1024 if cuda else base[5])
+            runners = {"ours": lambda: Runner(ours(shape, device), shape, device, cuda),
+                       "transformers": lambda: Runner(theirs(shape, device), shape, device)}
+            if cuda:
+                from torch.nn.attention import SDPBackend
+                runners |= {"transformers, compiled": lambda: Runner(theirs(shape, device), shape, device, True),
+                            "ours, not compiled": lambda: Runner(ours(shape, device), shape, device),
+                            "ours, plain loss": lambda: Runner(ours(shape, device, False), shape, device, True),
+                            "ours, flash": lambda: Runner(ours(shape, device), shape, device, True, SDPBackend.FLASH_ATTENTION),
+                            "ours, cudnn": lambda: Runner(ours(shape, device), shape, device, True, SDPBackend.CUDNN_ATTENTION)}
+            steps = args.steps or (50 if cuda else 20 if shape_name == "demo" else 4)
+            # on a CPU both are held and take turns; on a GPU one after another, each with the memory for itself
+            live = {} if cuda else {k: make() for k, make in runners.items()}
+            for _ in range(0 if cuda else steps + 1):
+                for runner in live.values():
+                    runner.step()
+            seconds, memory = {k: statistics.median(r.times[1:]) for k, r in live.items()}, {}
+            for k, make in runners.items() if cuda else ():
+                try:
+                    torch.cuda.reset_peak_memory_stats()
+                    runner = make()
+                    for _ in range(steps + 10):
+                        runner.step()
+                    seconds[k], memory[k] = statistics.median(runner.times[10:]), torch.cuda.max_memory_allocated() / 2 ** 30
+                except Exception as e:  # out of memory, or a backend that this device lacks
+                    print(f"{shape_name:5} {batch:3} x {shape[5]}  {k:24} {type(e).__name__}: {str(e).splitlines()[0][:80]}")
+                runner = None
+                torch.compiler.reset()
+                torch.cuda.empty_cache()
+            tokens = shape[4] * shape[5]
+            flops = ours((*shape[:5], shape[5]), torch.device("cpu"))[0].flops_per_token(shape[5])
+            best = min(v for k, v in seconds.items() if k.startswith("transformers"))
+            for k, s in seconds.items():
+                row = {"shape": shape_name, "batch": shape[4], "length": shape[5], "what": k, "tokens/s": round(tokens / s, 1),
+                       "of the matmul": round(tokens / s * flops / peak / 1e12, 3), "ratio": round(best / s, 2)}
+                if k in memory:
+                    row |= {"MFU of 989": round(tokens / s * flops / 989e12, 3), "GiB": round(memory[k], 1)}
+                result["rows"].append(row)
+                print(f"{shape_name:5} {shape[4]:3} x {shape[5]}  {k:24} {tokens / s:12,.0f} tok/s  {row['of the matmul']:6.1%} of the "
+                      f"matmul  {row['ratio']:.2f} x transformers" + (f"  {memory[k]:.1f} GiB" if k in memory else ""), flush=True)
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
