@@ -59,7 +59,7 @@ class Settings:
     dest = ""  # the JSONL of edit sequences that lintseq.py writes
     form = ""  # tokenize instruction data: "edits" (dest) or "programs" (source)
     benchmark = ""  # where the family's held-out problems go; evaluate.py scores them
-    family_size = 12_000  # problems of the procedural family to train on
+    family_size = 10_000  # problems of the procedural family to train on
     family_heldout = 200  # and held out
     val_fraction = 0.01  # of the documents or examples, chosen by a hash of their text
     max_tokens = 1024  # longest example of instruction data, tokens; longer ones are left out and counted
