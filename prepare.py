@@ -578,11 +578,10 @@ def tokenize(work):
     return sum(span[3] for span in shard)
 
 
-def start_worker(tokenizer):
+def start_worker(tokenizer, parent):
     """What each process does first: its tokenizer; and it ends when its parent is killed."""
     global _enc
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    parent = os.getppid()
 
     def watch():
         while os.getppid() == parent:
@@ -633,7 +632,8 @@ def write_bins(folder, enc, cfg):
             for work in todo:
                 bar.update(tokenize((*work, enc)))
         else:
-            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (cfg.tokenizer,)) as pool:
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers, spawn, start_worker, (cfg.tokenizer, os.getpid())) as pool:
                 try:
                     for job in as_completed([pool.submit(tokenize, work) for work in todo]):
                         bar.update(job.result())

@@ -61,7 +61,7 @@ def test_stdlib_pairs_are_self_contained_and_distinct():
     for p in pairs:
         assert not lintseq.lint(p["response"]) and re.match(r"Write a Python function `\w+\(.*\)`: .{20}", p["instruction"])
         name = re.search(r"`(\w+)\(", p["instruction"])[1]
-        assert f"def {name}(" in p["response"]
+        assert re.search(rf"^def {name} ?\(", p["response"], re.M)
 
 
 def test_tokenizer_is_exact_and_writes_edits_in_few_tokens(workspace):
@@ -69,7 +69,7 @@ def test_tokenizer_is_exact_and_writes_edits_in_few_tokens(workspace):
     for text in (open(prepare.__file__).read(), " a \r\n\t b  \f\n\n\n  \u2028x  ", "é中\U0001f600 <|diff|>", ""):
         assert enc.decode(enc.encode_ordinary(text)) == text
     assert enc.encode("\n<|diff|>", allowed_special="all")[-1] == enc.n_vocab - 1
-    assert len(enc.encode_ordinary("@@ -12,0 +13,2 @@\n+    ")) == 7
+    assert len(enc.encode_ordinary("@@ -4,0 +5,2 @@\n+    ")) == 7
 
 
 @pytest.fixture(scope="module")
