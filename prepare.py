@@ -135,6 +135,15 @@ LETTERS = {b: chr(b) for b in _shown} | {b: chr(256 + i) for i, b in enumerate(s
 BYTES = {letter: b for b, letter in LETTERS.items()}  # GPT-2's way to write any byte as a printable character
 
 
+# `tokenizers` knows the marks of Unicode 9: later ones stay where they stand. Here are those that Python knows (15.1).
+LATER_MARKS = re.compile(
+    "([\u07fd\u0898-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1ace\u1df6-\u1dfa\ua82c\U00010d24-\U00010d27"
+    "\U00010eab\U00010eac\U00010efd-\U00010eff\U00010f46-\U00010f50\U00010f82-\U00010f85\U00011070\U0001133b\U0001145e\U00011839"
+    "\U0001183a\U00011930\U0001193d\U0001193e\U00011943\U000119e0\U00011a34\U00011a47\U00011a99\U00011d42\U00011d44\U00011d45"
+    "\U00011d97\U00011f41\U00011f42\U00016ff0\U00016ff1\U0001e08f\U0001e130-\U0001e136\U0001e2ae\U0001e2ec-\U0001e2ef"
+    "\U0001e4ec-\U0001e4ef])")
+
+
 class HubEncoding(tiktoken.Encoding):
     """A byte-level BPE in a tokenizer.json, as a tiktoken encoding that gives the ids that `tokenizers` gives.
 
@@ -182,7 +191,8 @@ class HubEncoding(tiktoken.Encoding):
             if i % 2:
                 ids.append(self._special_tokens[piece])
                 continue
-            piece = unicodedata.normalize("NFC", piece) if self.nfc else piece
+            if self.nfc:
+                piece = "".join(unicodedata.normalize("NFC", part) for part in LATER_MARKS.split(piece))
             for j, part in enumerate(split(piece, (allowed | self.plain) - self.raw)):
                 ids.extend([self._special_tokens[part]] if j % 2 else self._core_bpe.encode_ordinary(part))
         return ids
