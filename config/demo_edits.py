@@ -10,4 +10,5 @@ init_from = ""  # out_dir alone
 
 epochs = 1  # over 2 edit sequences a pair
 max_iters = 0
+decay, min_lr = "linear", 0.0  # as the paper finetunes
 eval_interval = 400
