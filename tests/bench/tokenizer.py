@@ -1,6 +1,6 @@
 """Tokens a second on all cores: prepare.py (from Parquet to bins) against tiktoken's own encode_ordinary_batch.
 
-    python tests/bench/tokenize.py        # prints a table; `| tee tests/bench/results/tokenize.txt` keeps it
+    python tests/bench/tokenizer.py        # prints a table; `| tee tests/bench/results/tokenizer.txt` keeps it
 
 The text is the standard library's, repeated to 100 MB. tiktoken has it in memory, in batches of 1,000 documents, with a
 thread a core, and keeps no result; prepare.py reads it from Parquet, splits off the validation set and writes bins. The
