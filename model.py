@@ -30,6 +30,7 @@ class GPTConfig:
     n_embd: int = 768
     n_hidden: int = 0  # width of SwiGLU; 0: 4 * n_embd, as published
     rope_theta: float = 10000.0
+    tied: bool = True  # the output layer is the embedding
 
     def __post_init__(self):
         self.n_hidden = self.n_hidden or 4 * self.n_embd
@@ -130,6 +131,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         half = config.n_embd // config.n_head // 2
         freqs = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
         angles = torch.arange(config.block_size, dtype=torch.float64, device="cpu")[:, None] * freqs  # (T, D / 2)
@@ -139,6 +141,11 @@ class GPT(nn.Module):
             scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith(("proj.weight", "down.weight")) else 1.0
             nn.init.normal_(p, std=0.02 * scale)
 
+    @property
+    def head(self):
+        """The output layer's weight, (vocab_size, C)."""
+        return self.lm_head.weight if self.lm_head else self.wte.weight
+
     def num_params(self):
         """All parameters, the tied embedding once: 151,879,680 and 454,164,480 at the paper's two shapes."""
         return sum(p.numel() for p in self.parameters())
@@ -147,7 +154,8 @@ class GPT(nn.Module):
         """Training FLOPs a token of a sequence of `length`: 6 for each weight that multiplies (every matrix; the tied
         embedding counts once, as the output layer: the look-up is free), and 12 * n_layer * n_embd * length / 2 for
         causal attention (queries x keys and weights x values, forward and twice that backward)."""
-        return 6 * self.num_params() + 6 * self.config.n_layer * self.config.n_embd * length
+        matrices = self.num_params() - (0 if self.config.tied else self.wte.weight.numel())
+        return 6 * matrices + 6 * self.config.n_layer * self.config.n_embd * length
 
     def forward(self, idx, targets=None, segments=None):
         """idx: (B, T) int64, T <= block_size. Returns (logits, loss).
@@ -165,9 +173,9 @@ class GPT(nn.Module):
             mask = ((segments[:, None, :, None] == segments[:, None, None, :]) & causal)  # (B, 1, T, T)
         x = self.hidden(idx, (self.cos[:T], self.sin[:T]), mask)
         if targets is None:
-            return F.linear(x, self.wte.weight), None
+            return F.linear(x, self.head), None
         chunk = max(256, 2 ** 26 // self.config.vocab_size)  # rows whose logits fill about 256 MB in float32
-        total = FusedCrossEntropy.apply(x.reshape(B * T, -1), self.wte.weight, targets.reshape(-1), chunk,
+        total = FusedCrossEntropy.apply(x.reshape(B * T, -1), self.head, targets.reshape(-1), chunk,
                                         torch.is_grad_enabled())
         return None, total / (targets >= 0).sum().clamp(min=1)
 
@@ -279,7 +287,7 @@ class GPT(nn.Module):
                 x = self.hidden(idx.to(device), (self.cos[:T], self.sin[:T]), None,
                                 [(*c, rows, positions) for c in caches])
                 last = (lengths[slots] - 1).to(device)
-                take(slots, F.linear(x[torch.arange(len(slots), device=device), last], self.wte.weight).float())
+                take(slots, F.linear(x[torch.arange(len(slots), device=device), last], self.head).float())
                 continue
             active = [s for s in range(B) if owner[s] is not None]
             at = lengths.to(device)[:, None]  # (B, 1): where this step's key goes
@@ -287,7 +295,7 @@ class GPT(nn.Module):
             x = self.hidden(tokens.to(device)[:, None], (self.cos[at][:, None], self.sin[at][:, None]),
                             seen[:, None, None], [(*c, torch.arange(B, device=device), at) for c in caches])
             lengths[active] += 1
-            take(active, F.linear(x[active, 0], self.wte.weight).float())
+            take(active, F.linear(x[active, 0], self.head).float())
         return outputs
 
     # -- Hugging Face's OlmoForCausalLM -------------------------------------------------------------------------------
@@ -302,10 +310,10 @@ class GPT(nn.Module):
                       hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
                       num_attention_heads=c.n_head, num_key_value_heads=c.n_head, hidden_act="silu",
                       max_position_embeddings=c.block_size, rope_theta=c.rope_theta, attention_bias=False,
-                      tie_word_embeddings=True, clip_qkv=None, pad_token_id=None, bos_token_id=None,
+                      tie_word_embeddings=c.tied, clip_qkv=None, pad_token_id=None, bos_token_id=None,
                       eos_token_id=None, torch_dtype=str(self.wte.weight.dtype).split(".")[1]) | extra
         state, tensors = self.state_dict(), {}
-        for name, (own, part, parts) in olmo_names(c.n_layer).items():
+        for name, (own, part, parts) in olmo_names(c).items():
             tensors[name] = state[own].chunk(parts)[part].contiguous()
         save_file(tensors, str(folder / "model.safetensors.tmp"), metadata={"format": "pt"})
         os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
@@ -339,15 +347,15 @@ class GPT(nn.Module):
                                float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0))
         except KeyError as e:
             raise ValueError(f"{folder}/config.json has no {e}") from None
-        tensors, names = load_tensors(folder), olmo_names(config.n_layer)
-        head = tensors.pop("lm_head.weight", None)
+        tensors, tie = load_tensors(folder), hf.get("tie_word_embeddings")
+        head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+        config.tied = tie is not False if head is None else bool(tie) or embedding is not None and torch.equal(head, embedding)
+        if config.tied:
+            tensors.pop("lm_head.weight", None)
+        names = olmo_names(config)
         if set(tensors) != set(names):
             raise ValueError(f"{folder}: missing tensors {sorted(set(names) - set(tensors))}, "
                              f"unknown tensors {sorted(set(tensors) - set(names))}")
-        if head is None and hf.get("tie_word_embeddings") is False:
-            raise ValueError(f"{folder}: missing tensors ['lm_head.weight'] (tie_word_embeddings is false)")
-        if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
-            raise ValueError(f"{folder}: lm_head.weight is not model.embed_tokens.weight; untied embeddings are not supported")
         own = {}
         for name, (key, part, parts) in names.items():
             own.setdefault(key, [None] * parts)[part] = tensors[name]
@@ -394,10 +402,12 @@ def load_tensors(folder):
     raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
-def olmo_names(n_layer):
+def olmo_names(config):
     """{Hugging Face's tensor name: (ours, part, parts)}: theirs is the part-th of `parts` equal pieces of our rows."""
     names = {"model.embed_tokens.weight": ("wte.weight", 0, 1)}
-    for i in range(n_layer):
+    if not config.tied:
+        names["lm_head.weight"] = ("lm_head.weight", 0, 1)
+    for i in range(config.n_layer):
         theirs, ours = f"model.layers.{i}.", f"blocks.{i}."
         for part, kind in enumerate("qkv"):
             names[f"{theirs}self_attn.{kind}_proj.weight"] = (f"{ours}attn.qkv.weight", part, 3)

@@ -15,6 +15,7 @@ Left out: downloading and tokenizing at once, data that does not lie on a shared
 import ast
 import base64
 import fcntl
+import functools
 import gzip
 import hashlib
 import json
@@ -22,6 +23,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -109,7 +111,14 @@ def get_tokenizer(name):
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
         return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
                                  special_tokens={EOT: len(ranks), DIFF: len(ranks) + 1})
-    base = tiktoken.get_encoding(name)
+    try:
+        base = tiktoken.get_encoding(name)
+    except OSError as e:
+        raise OSError(f"tiktoken fetches it from the network at its first use, and could not ({type(e).__name__}); it keeps it "
+                      "in the folder that TIKTOKEN_CACHE_DIR names: fill that on a machine with a network") from None
+    except ValueError:
+        raise ValueError("neither one of tiktoken's encodings (" + ", ".join(tiktoken.list_encoding_names()) + "), nor a "
+                         ".tiktoken or .json file, nor a Hugging Face model (owner/name)") from None
     return tiktoken.Encoding(name + "+diff", pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
                              special_tokens={EOT: base.eot_token, DIFF: base.n_vocab})
 
@@ -412,7 +421,7 @@ def room(what, wanted):
 # -- Corpora ----------------------------------------------------------------------------------------------------------
 
 SHARD = 64 << 20  # bytes of text that one worker tokenizes at a time, and that a killed run does again
-LONGEST = 256 << 20  # bytes of a row; longer ones are skipped, so that a worker's memory is bounded
+LONGEST = 64 << 20  # bytes of a row; longer ones are skipped, so that a worker's memory is bounded
 KINDS = (".py", ".txt", ".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -432,16 +441,22 @@ def corpus_files(corpus):
     return sorted(p for p in root.rglob("*") if p.name.endswith(KINDS) and p.is_file()) if root.is_dir() else [root]
 
 
+@functools.lru_cache(1)  # its footer is read once, not for each row group
 def parquet(path):
     try:
         import pyarrow.parquet
     except ImportError:
         die(f"{path} is Parquet: pip install pyarrow")
-    file = pyarrow.parquet.ParquetFile(path, pre_buffer=False)
-    names = [n for n in ("text", "content") if n in file.schema_arrow.names]
-    if not names:
-        raise ValueError(f"no column text or content, but {', '.join(file.schema_arrow.names)}")
-    return file, names[0]
+    return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16)
+
+
+def text_column(file):
+    """(name, number among the leaves of the schema) of the column `text` or `content`."""
+    leaves = [file.metadata.schema.column(c).path for c in range(file.metadata.num_columns)]
+    for name in ("text", "content"):
+        if name in leaves:
+            return name, leaves.index(name)
+    raise ValueError(f"no column text or content, but {', '.join(file.schema_arrow.names)}")
 
 
 def spans(path):
@@ -450,11 +465,9 @@ def spans(path):
     name, size = str(path), os.path.getsize(path)
     if name.endswith(".parquet"):
         try:
-            file, column = parquet(path)
-            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-            at = [c for c in range(file.metadata.num_columns) if file.metadata.schema.column(c).path == column][0]
-            return [(name, i, i + 1, g.column(at).total_uncompressed_size) for i, g in enumerate(groups)]
-        except (OSError, ValueError, IndexError):
+            meta, at = parquet(name).metadata, text_column(parquet(name))[1]
+            return [(name, i, i + 1, meta.row_group(i).column(at).total_uncompressed_size) for i in range(meta.num_row_groups)]
+        except (OSError, ValueError):
             return [(name, 0, 1, 0)]  # read_span says what is wrong
     if name.endswith(".jsonl"):
         return [(name, at, min(at + SHARD, size), min(SHARD, size - at)) for at in range(0, size, SHARD)]
@@ -466,9 +479,10 @@ def read_span(name, begin, end):
     try:
         if name.endswith(".parquet"):
             import pyarrow
-            file, column = parquet(name)
-            row = sum(file.metadata.row_group(g).num_rows for g in range(begin))
-            for batch in file.iter_batches(16, row_groups=range(begin, end), columns=[column], use_threads=False):
+            file, meta = parquet(name), parquet(name).metadata
+            row = sum(meta.row_group(g).num_rows for g in range(begin))
+            rows = 1 if meta.row_group(begin).total_byte_size > 4 * LONGEST else 16  # held at a time
+            for batch in file.iter_batches(rows, row_groups=range(begin, end), columns=[text_column(file)[0]], use_threads=False):
                 values = batch.column(0)
                 large = values.type in (pyarrow.large_string(), pyarrow.large_binary())
                 for value in values.cast(pyarrow.large_binary() if large else pyarrow.binary()):
@@ -500,7 +514,7 @@ def read_span(name, begin, end):
                         break
     except UnicodeDecodeError:
         yield name, ValueError("not UTF-8")
-    except (OSError, EOFError, ValueError, zlib.error) as e:  # pyarrow's errors are among them
+    except (OSError, EOFError, ValueError, MemoryError, zlib.error) as e:  # pyarrow's errors are among them
         yield name, ValueError(f"unreadable {Path(name).suffix[1:]}: {str(e).splitlines()[0][:200]}")
 
 
@@ -562,7 +576,7 @@ def pieces(text):
 def tokenize(work):
     """Tokenize one shard, a list of spans, into `stem`.train and `stem`.val; `stem`.json, written last, says it is
     done. Returns the shard's bytes of text."""
-    stem, shard, fraction, enc = work if len(work) == 4 else (*work, _enc)
+    stem, shard, fraction = work
     tmp = {split: Path(f"{stem}.{split}.{os.getpid()}.tmp") for split in ("train", "val")}
     files, counts = {split: open(p, "wb") for split, p in tmp.items()}, {"train": [0, 0], "val": [0, 0]}
     skipped = []
@@ -573,10 +587,10 @@ def tokenize(work):
                 continue
             split = "val" if held_out(text, fraction) else "train"
             for piece in pieces(text):
-                tokens = enc.encode_ordinary(piece)
+                tokens = _enc.encode_ordinary(piece)
                 files[split].write(np.array(tokens, dtype="<u2").tobytes())
                 counts[split][0] += len(tokens)
-            files[split].write(enc.eot_token.to_bytes(2, "little"))
+            files[split].write(_enc.eot_token.to_bytes(2, "little"))
             counts[split][0] += 1
             counts[split][1] += 1
     for split, f in files.items():
@@ -589,7 +603,7 @@ def tokenize(work):
 
 
 def start_worker(tokenizer, parent):
-    """What each process does first: its tokenizer; and it ends when its parent is killed."""
+    """What each process does first: its tokenizer and its bound of memory; and it ends when its parent is killed."""
     global _enc
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
 
@@ -600,12 +614,21 @@ def start_worker(tokenizer, parent):
 
     threading.Thread(target=watch, daemon=True).start()
     _enc = get_tokenizer(tokenizer)
+    limit_memory()
+
+
+def limit_memory():
+    """1.5 GB more than now, which a page of Parquet can exceed: what does not fit is skipped and listed."""
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()  # data and stacks
+        resource.setrlimit(resource.RLIMIT_DATA, (used + (1536 << 20), resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def write_bins(folder, enc, cfg):
     """Tokenize cfg.corpora into folder/{train,val}.bin, each document followed by end-of-text. The work is cut into
     shards of SHARD bytes, in folder/shards until all are done: shard i is rank i % WORLD_SIZE's, and the bins are the
     shards in their order, whoever made them, and however often the run was killed. Returns meta, None on other ranks."""
+    limit_memory()
     shards, sizes, estimate = [[]], [0], 0
     for corpus in cfg.corpora:
         files = [span for path in corpus_files(corpus) for span in spans(path)]
@@ -635,26 +658,25 @@ def write_bins(folder, enc, cfg):
 
     todo = [(str(stem), shard, cfg.val_fraction) for i, (stem, shard) in enumerate(zip(stems, shards))
             if i % WORLD == RANK and not Path(f"{stem}.json").is_file()]
-    workers = min(len(todo), cfg.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
-    with tqdm(total=sum(sizes[RANK::WORLD]), unit="B", unit_scale=True, desc="tokenizing", mininterval=1) as bar:
+    start = time.time()
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = ProcessPoolExecutor(max(1, min(len(todo), cfg.workers or cpus)), multiprocessing.get_context("spawn"),
+                               start_worker, (cfg.tokenizer, os.getpid()))
+    with pool, tqdm(total=sum(sizes[RANK::WORLD]), unit="B", unit_scale=True, desc="tokenizing", mininterval=1) as bar:
         bar.update(bar.total - sum(span[3] for work in todo for span in work[1]))
-        if workers < 2:
-            for work in todo:
-                bar.update(tokenize((*work, enc)))
-        else:
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, spawn, start_worker, (cfg.tokenizer, os.getpid())) as pool:
-                try:
-                    for job in as_completed([pool.submit(tokenize, work) for work in todo]):
-                        bar.update(job.result())
-                except BrokenProcessPool:
-                    die("a worker was killed (out of memory?): the same command goes on; --workers=… asks for fewer")
-                finally:
-                    pool.shutdown(cancel_futures=True)
+        try:
+            for job in as_completed([pool.submit(tokenize, work) for work in todo]):
+                bar.update(job.result())
+        except BrokenProcessPool:
+            die("a worker was killed (out of memory?): the same command goes on; --workers=… asks for fewer")
+        finally:
+            pool.shutdown(cancel_futures=True)
     if RANK > 0:
         return None
     wait_for([Path(f"{stem}.json") for stem in stems], "shards of other ranks")
-    return join(folder, stems, {"form": "text", **tokenizer_meta(cfg.tokenizer, enc), "sources": list(cfg.corpora)})
+    meta = join(folder, stems, {"form": "text", **tokenizer_meta(cfg.tokenizer, enc), "sources": list(cfg.corpora)})
+    print(f"  tokenized in {time.time() - start:.1f} s")
+    return meta
 
 
 def join(folder, stems, meta):
@@ -915,11 +937,7 @@ def code_of(text):
 def table(path):
     """Yield the rows of a .jsonl or .parquet as dicts; None for a broken one."""
     if str(path).endswith(".parquet"):
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            die(f"{path} is Parquet: pip install pyarrow")
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        for batch in parquet(path).iter_batches():
             yield from batch.to_pylist()
     else:
         for line in open(path, "rb"):

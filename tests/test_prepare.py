@@ -371,7 +371,7 @@ def test_kill_9_workers_and_ranks_change_nothing(tokenizer, tmp_path, monkeypatc
 def test_joining_can_be_killed_between_any_two_writes(tokenizer, tmp_path, monkeypatch):
     """The join is stopped after each of its steps in turn, and begun again."""
     monkeypatch.chdir(tmp_path)
-    enc = prepare.get_tokenizer(tokenizer)
+    monkeypatch.setattr(prepare, "_enc", prepare.get_tokenizer(tokenizer), raising=False)  # as in a worker
     Path("a.jsonl").write_text("".join(json.dumps({"text": f"text {i} " * 30}) + "\n" for i in range(60)))
     spans = [("a.jsonl", at, at + 4000, 4000) for at in range(0, os.path.getsize("a.jsonl"), 4000)]
     stems = [Path(f"data/x/shards/{i:06}") for i in range(len(spans))]
@@ -381,7 +381,7 @@ def test_joining_can_be_killed_between_any_two_writes(tokenizer, tmp_path, monke
         if stop == 0 or wanted is not None:
             stems[0].parent.mkdir(parents=True, exist_ok=True)
             for stem, span in zip(stems, spans):
-                prepare.tokenize((str(stem), [span], 0.3, enc))
+                prepare.tokenize((str(stem), [span], 0.3))
         left = [stop or 10 ** 6]
 
         def limited(function):
@@ -411,6 +411,11 @@ def test_joining_can_be_killed_between_any_two_writes(tokenizer, tmp_path, monke
     assert steps > 4 * len(spans)
 
 
+PEAK = """import prepare, resource
+prepare.main()
+print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1000)"""
+
+
 def test_memory_is_bounded_and_another_plan_refused(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = "def f(x):\n    return x + 1  # some words that fill the line\n"
@@ -418,18 +423,35 @@ def test_memory_is_bounded_and_another_plan_refused(tokenizer, tmp_path, monkeyp
     with open("a/long.txt", "w") as f:
         f.writelines(line * 1000 for _ in range(650))  # 39 MB
     parquet("a/long.parquet", "text", [line * 200_000])  # a document of 12 MB
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    args = (f"--tokenizer={tokenizer}", "--dataset=x")
-    status, out, err = run("prepare.py", "--corpora=a", *args, cwd=".")
-    assert status == 0, err
-    assert json.loads(Path("data/x/meta.json").read_text())["train"]["documents"] > 2
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    assert peak == before or peak < 700_000  # KB
+    with open("a/longer.jsonl", "w") as f:  # a row of 70 MB, and one in characters of four bytes
+        f.write('{"text": "' + "x " * 35_000_000 + '"}\n' + json.dumps({"text": "\U0001f642 " + "x" * 10_000_000}, ensure_ascii=False))
+    parquet("a/longest.parquet", "text", ["first", "x " * 400_000_000, "last"])  # a page of 800 MB
+    args = [f"--tokenizer={tokenizer}", "--dataset=x", "--corpora=a"]
+    process = subprocess.run([sys.executable, "-c", PEAK, *args, "--workers=2"], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                             capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    meta = json.loads(Path("data/x/meta.json").read_text())
+    assert meta["train"]["documents"] + meta["val"]["documents"] > 3
+    listed = [json.loads(row) for row in Path("data/x/skipped.jsonl").open()]
+    assert sorted((Path(name.split(", ")[0]).name, reason[:18]) for name, reason in listed) == [
+        ("longer.jsonl", "longer than 64 MB"), ("longest.parquet", "unreadable parquet")]
+    assert int(process.stdout.split("peak ")[1]) < 2000  # MB, of the largest worker
     Path("data/x/meta.json").unlink()
     Path("data/x/shards").mkdir()
     Path("data/x/shards/plan.json").write_text("{}")
-    status, out, err = run("prepare.py", "--corpora=a", *args, cwd=".")
+    status, out, err = run("prepare.py", *args, cwd=".")
     assert status == 1 and "begun with other corpora" in err
+
+
+def test_tokenizers_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("text")
+    for key, value in (("TIKTOKEN_CACHE_DIR", str(tmp_path / "none")), ("HTTPS_PROXY", "http://127.0.0.1:9"), ("https_proxy", "http://127.0.0.1:9")):
+        monkeypatch.setenv(key, value)
+    for name, message in (("p50k_base", "tiktoken fetches it from the network at its first use"), ("p50k_bas", "p50k_base, "),
+                          ("none.json", "No such file")):
+        status, out, err = run("prepare.py", "--corpora=a.txt", f"--tokenizer={name}", "--dataset=x", cwd=".")
+        assert status == 1 and err.startswith(f"prepare.py: tokenizer={name}: ") and message in err and err.count("\n") == 1, err
 
 
 def test_a_tokenizer_too_large_for_16_bits(tmp_path, tokenizer, monkeypatch):

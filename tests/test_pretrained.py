@@ -143,12 +143,14 @@ def logits(model, idx):
     return out[0] if isinstance(out, tuple) else out.logits
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "sharded safetensors", "bin", "sharded bin", "bf16", "untied copy"])
+@pytest.mark.parametrize("layout", ["safetensors", "sharded safetensors", "bin", "sharded bin", "bf16", "untied", "untied copy"])
 def test_every_layout_of_published_weights(olmo, tmp_path, layout):
     idx, peer = torch.randint(3072, (2, 100)), olmo
     if layout == "bf16":
         import copy
         peer = copy.deepcopy(olmo).bfloat16()
+    if layout == "untied":
+        peer = transformers.OlmoForCausalLM(transformers.OlmoConfig(**{**olmo.config.to_dict(), "tie_word_embeddings": False})).eval()
     if "bin" in layout or layout == "untied copy":
         peer.config.save_pretrained(tmp_path)
         state = {k: v.clone() for k, v in peer.state_dict().items()}  # with lm_head.weight, as the published file
@@ -170,7 +172,11 @@ def test_every_layout_of_published_weights(olmo, tmp_path, layout):
     if layout == "bf16":
         model, peer = model.float(), transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     theirs = logits(peer, idx)
+    assert model.config.tied == (layout != "untied")
     assert theirs.std() > 0.5 and (logits(model, idx) - theirs).abs().max() < 1e-4 * max(1, theirs.abs().max() / 10)
+    model.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    assert (logits(model, idx) - logits(again, idx)).abs().max() < 1e-4 * max(1, theirs.abs().max() / 10)
 
 
 @pytest.mark.parametrize("key, value, message", [
