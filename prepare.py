@@ -257,7 +257,7 @@ def tokenizer_json(enc):
             dict(type="Split", pattern={"Regex": enc._pat_str}, behavior="Isolated", invert=False), level]),
         model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
                    fuse_unk=False, byte_fallback=False, ignore_merges=True,
-                   vocab={write(t): i for t, i in ranks.items()}, merges=merges)), ensure_ascii=False)
+                   vocab={write(t): i for t, i in ranks.items()} | enc._special_tokens, merges=merges)), ensure_ascii=False)
 
 
 # -- The Hugging Face hub ---------------------------------------------------------------------------------------------

@@ -118,12 +118,15 @@ def test_our_tokenizer_becomes_one_of_tokenizers_and_comes_back(tmp_path, librar
         texts = list(texts)
         same_ids(enc, peer, texts)
         same_ids(back, peer, texts)
-    # runs of spaces that were added without training, as p50k_base's are
+    # runs of spaces that were added without training, and after end-of-text, as p50k_base's are
     ranks = dict(enc._mergeable_ranks)
+    specials = {prepare.EOT: len(ranks)}
     for n in range(2, 26):
-        ranks.setdefault(b" " * n, len(ranks))
-    runs = prepare.tiktoken.Encoding("runs", pat_str=prepare.GPT2, mergeable_ranks=ranks, special_tokens={prepare.EOT: len(ranks)})
+        ranks.setdefault(b" " * n, len(ranks) + 1)
+    specials[prepare.DIFF] = len(ranks) + 1
+    runs = prepare.tiktoken.Encoding("runs", pat_str=prepare.GPT2, mergeable_ranks=ranks, special_tokens=specials)
     peer = tokenizers.Tokenizer.from_str(prepare.tokenizer_json(runs))
+    same_ids(runs, peer, [f"x{prepare.DIFF}{' ' * 25}x{prepare.EOT}"])
     same_ids(runs, peer, [" " * n + "x" + "\n" + " " * n for n in range(300)] + list(random_texts(1000, 2)))
 
 
