@@ -36,7 +36,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 
 from pyflakes import messages as m
-from pyflakes.checker import Builtin, Checker
+from pyflakes.checker import Builtin, Checker, FunctionScope
 
 import config
 
@@ -74,12 +74,7 @@ ERRORS = (  # what cannot be compiled, or would raise when it is run
 def lint(source):
     """Errors of a program: a list of (line, message), empty if it is clean. SyntaxError or ValueError if it does not
     parse."""
-    return lint_tree(ast.parse(source))
-
-
-def lint_tree(tree, typing=True):
-    found = [x for x in Linter(tree, typing).messages if isinstance(x, ERRORS)]
-    return [(x.lineno, x.message % x.message_args) for x in sorted(found, key=lambda x: (x.lineno, x.col))]
+    return Linter(ast.parse(source)).errors()
 
 
 class Linter(Checker):
@@ -89,9 +84,25 @@ class Linter(Checker):
     earlier run's use has no effect: the one question asked of it is whether that use was in the present scope.)"""
     ready = {}
 
-    def __init__(self, tree, typing):
-        self.typing = typing
+    def __init__(self, tree, typing=True):
+        self.typing, self.stacks = typing, {}
         super().__init__(tree)
+
+    def errors(self):
+        found = [x for x in self.messages if isinstance(x, ERRORS)]
+        return [(x.lineno, x.message % x.message_args) for x in sorted(found, key=lambda x: (x.lineno, x.col))]
+
+    def errors_within(self, node):
+        """Errors in the body of a function alone, in the scopes as the run has left them."""
+        self.messages, self.scopeStack = [], self.stacks[node]
+        with self.in_scope(FunctionScope):
+            self.handleChildren(node, omit=("decorator_list", "returns", "type_params"))
+        self._run_deferred()
+        return self.errors()
+
+    def LAMBDA(self, node):  # functions, too
+        self.stacks[node] = self.scopeStack[:]
+        super().LAMBDA(node)
 
     @property
     def builtIns(self):  # asked for once, when the module's scope stands
@@ -140,9 +151,9 @@ class Program:
     """A parsed source whose units can be deleted, from its lines and from its syntax tree at once, so that the linter
     sees every state without another parse. ValueError or SyntaxError where it cannot be written as edits.
 
-    The linter is not asked twice about the same thing: while a function is untouched and none of the words that went
-    with statements outside of it stands in it, its body is kept from the linter, whose verdict on it would be the same
-    (names are all that ties a body to the rest; functions with a `global` statement are always shown)."""
+    The linter is asked only about what a deletion can have broken. Names are all that ties statements together, so:
+    nothing, where no name that was bound in what fell is left anywhere; the function alone, of a deletion within one; else the module with those functions that hold a word of what fell, the bodies of others hidden.
+    In programs with `global` or `nonlocal`, which leak names between functions, always the whole."""
 
     def __init__(self, source):
         if "\r" in source.replace("\r\n", ""):
@@ -158,7 +169,11 @@ class Program:
         self.unit = [None] * len(self.lines)  # the unit that a line falls with; None: it stays to the end
         self.code = []  # the lines that can be drawn
         self.functions = []
+        self.words = [set(WORD.findall(unicodedata.normalize("NFKC", line))) for line in self.lines]
+        self.alive = Counter(chain.from_iterable(self.words))  # in how many of the lines that are left a word is
         self.build(self.tree.body, None)
+        self.leaky = bool(re.search(r"\b(global|nonlocal)\b", source))
+        self.clean = self.inside = False  # no error is left; deletions since then were within functions
         if not self.code:
             raise ValueError("no line of code")
 
@@ -218,7 +233,7 @@ class Program:
                 at += 1
             unit = Unit(parent, [owner], block, keyword, body)
             if unit.function is None and isinstance(node, DEFINITIONS[:2]):
-                function = Function(node, self.words(range(start, node.end_lineno)))
+                function = Function(node, set().union(*self.words[start:node.end_lineno]))
                 self.functions.append(function)
             else:
                 function = unit.function
@@ -243,35 +258,56 @@ class Program:
             unit.clauses = units
         return units
 
-    def words(self, numbers):
-        text = unicodedata.normalize("NFKC", "\n".join(self.lines[i] for i in numbers))
-        return set(WORD.findall(text)) | ({"*"} if "*" in text else set()) | ({":="} if ":=" in text else set())
-
     def touch(self, unit, gone):
-        """Note which functions the linter must see again now that the lines `gone` fell with the unit."""
-        if unit.function:
+        """Note what the linter must see again now that the lines `gone` fell with the unit."""
+        names = set()
+        for i in gone:
+            names |= self.words[i]
+            for word in self.words[i]:
+                self.alive[word] -= 1
+        everything = self.leaky or "__future__" in names or {"import", "*"} <= names
+        names = self.bound(unit, names)
+        if self.clean and not everything and not any(self.alive[word] for word in names):
+            return
+        self.clean = False
+        if unit.function and not self.leaky:
             unit.function.touched = True
-            if "global" not in unit.function.words:
-                return
-        names = self.words(gone)
-        everything = "__future__" in names or {"import", "*"} <= names
-        if isinstance(unit.nodes[0], DEFINITIONS) and not names & {"global", ":="}:
-            names = {unit.nodes[0].name}  # what is bound within stays within
+            return
+        self.inside = False
         for f in self.functions:
             f.touched = f.touched or everything or not names.isdisjoint(f.words)
 
+    def bound(self, unit, words):
+        """The names that a unit has bound, or all its words, where its fall may change the verdict on others too: an
+        `except` (of a NameError), and within a function what has scopes of its own that are run at once, for there the
+        linter reports a local used before its assignment only if no such scope has used it since."""
+        node, found = unit.nodes[0], set()
+        if isinstance(node, DEFINITIONS) and "=" not in words and not unit.function:
+            return {node.name}  # what is bound within stays within
+        if unit.clauses and words & {"except", "case", "class"} or unit.function and words & {"for", "class"}:
+            return words
+        for top in unit.nodes + (unit.body or []):  # an `else` is no longer a part of its statement's node
+            for n in ast.walk(top):
+                if isinstance(n, ast.Name):
+                    if not isinstance(n.ctx, ast.Load):
+                        found.add(n.id)
+                elif isinstance(n, ast.alias):
+                    found.add((n.asname or n.name).split(".")[0])
+                elif isinstance(n, DEFINITIONS):
+                    found.add(n.name)
+        return found
+
     def errors(self):
         """What the linter reports on the present state."""
-        hidden = [(f.node, f.node.body) for f in self.functions if not f.touched and "global" not in f.words]
+        if self.inside:
+            return [e for f in self.functions if f.touched for e in self.linter.errors_within(f.node)]
+        hidden = [(f.node, f.node.body) for f in self.functions if not f.touched]
         for node, _ in hidden:
             node.body = []
-        found = lint_tree(self.tree, self.typing)
+        self.linter = Linter(self.tree, self.typing)
         for node, body in hidden:
             node.body = body
-        if not found:
-            for f in self.functions:
-                f.touched = False
-        return found
+        return self.linter.errors()
 
     def delete(self, unit):
         """Delete a unit, what stands below it and what cannot stand without it; returns the lines that fell."""
@@ -308,13 +344,16 @@ class Program:
     def delete_errors(self):
         """Delete every line where the linter reports an error until it reports none; returns the lines that fell."""
         gone = []
-        while errors := self.errors():
+        while not self.clean and (errors := self.errors()):
             for line, message in errors:
                 unit = self.unit[line - 1]
                 if unit is None:
                     raise ValueError(f"line {line}: {message}, on no statement")
                 if unit.alive:
                     gone += self.delete(unit)
+        self.clean = self.inside = True
+        for f in self.functions:
+            f.touched = False
         return gone
 
 
@@ -402,7 +441,7 @@ def training_text(instruction, edit_path):
     return f"{instruction}\n{DIFF}", f"\n{DIFF}".join(edit_path) + f"\n{DIFF}\n{DIFF}{END}"
 
 
-WORD = re.compile(r"\w+")
+WORD = re.compile(r"\w+|[=:*]")
 HEADER = re.compile(r"@@ -(\d{1,9})(?:,(\d{1,9}))? \+(\d{1,9})(?:,(\d{1,9}))? @@")
 
 

@@ -220,7 +220,7 @@ def test_our_linter_reports_what_pyflakes_does():
             continue
         theirs = sorted((x.lineno, x.message % x.message_args) for x in Checker(other).messages
                         if isinstance(x, lintseq.ERRORS))
-        assert sorted(lintseq.lint_tree(tree, "typing" in source)) == theirs
+        assert sorted(lintseq.Linter(tree, "typing" in source).errors()) == theirs
         found += len(theirs)
     assert found > 50
 
@@ -329,7 +329,7 @@ def figures(out):
 
 @pytest.mark.parametrize("args, message", [
     (("--method=randseq",), "is of other settings"), (("--method=x",), "--method=x"), (("--samples=0",), "--samples"),
-    (("--dest=in.jsonl",), "missing"), (("--dest=in.jsonl/out.jsonl",), "in.jsonl"), (("--source=none",), "no such file")])
+    (("--dest=in.jsonl",), "the source itself"), (("--dest=in.jsonl/out.jsonl",), "in.jsonl"), (("--source=none",), "no such file")])
 def test_a_mistake_is_told_in_one_line_and_touches_nothing(rows, args, message):
     (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 1"}\n')
     assert run("lintseq.py", *ARGS, "--dest=out.jsonl", "--workers=1", cwd=rows)[0] == 0

@@ -79,18 +79,20 @@ def check(job):
 
 def exact(args):
     sources, others = library()
-    jobs = sorted(((p, s) for p, s in sources.items() if s.count("\n") < args.lines), key=lambda job: -len(job[1]))
+    jobs = sorted(((p, s) for p, s in sources.items() if s.count("\n") < args.lines), key=lambda job: len(job[1]))
     left_out = len(sources) - len(jobs)
     jobs = random.Random(0).sample(jobs, args.files) if args.files else jobs
     begun, files, states, clean, same, notes = time.time(), 0, 0, 0, 0, Counter()
     with multiprocessing.Pool() as pool:
         from tqdm import tqdm
-        for path, n, good, whole, note in tqdm(pool.imap_unordered(check, jobs), total=len(jobs), unit=" files", mininterval=5):
+        bar = tqdm(pool.imap_unordered(check, jobs), total=len(jobs), unit=" files", mininterval=5)
+        for path, n, good, whole, note in bar:
             notes[note] += 1
             if n:
                 files, states, clean, same = files + 1, states + n, clean + good, same + whole
                 if good != n or not whole:
                     print(f"{path}: {n - good} of {n} states are not clean; exact: {whole}", flush=True)
+                bar.set_postfix_str(f"{same} of {files} exact, {clean} of {states} states clean", refresh=False)
     print(f"standard library of Python {platform.python_version()}: {len(sources):,} files parse ({sum(others.values())} do "
           f"not: {dict(others)}), {left_out} of them left out for their length")
     print(f"no edits for {sum(n for note, n in notes.items() if note not in ('', 'errors from the start'))}: {dict(notes)}")
