@@ -420,7 +420,7 @@ def room(what, wanted):
 
 # -- Corpora ----------------------------------------------------------------------------------------------------------
 
-SHARD = 64 << 20  # bytes of text that one worker tokenizes at a time, and that a killed run does again
+SHARD = 16 << 20  # bytes of text that one worker tokenizes at a time, and that a killed run does again
 LONGEST = 64 << 20  # bytes of a row; longer ones are skipped, so that a worker's memory is bounded
 KINDS = (".py", ".txt", ".jsonl", ".jsonl.gz", ".parquet")
 

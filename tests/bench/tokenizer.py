@@ -2,7 +2,7 @@
 
     python tests/bench/tokenizer.py        # prints a table; `| tee tests/bench/results/tokenizer.txt` keeps it
 
-The text is the standard library's, repeated to 100 MB. tiktoken has it in memory, in batches of 1,000 documents, with a
+The text is the standard library's, repeated to 256 MB (16 shards). tiktoken has it in memory, in batches of 1,000 documents, with a
 thread a core, and keeps no result; prepare.py reads it from Parquet, splits off the validation set and writes bins. The
 two take turns, so that whatever else the machine does hits both. The whole command counts, with Python's start, the
 workers' and the join; "tokenizing" is the part that grows with the text. p50k_base if tiktoken can get it (it fetches
@@ -26,7 +26,7 @@ import tiktoken  # noqa: E402
 
 import prepare  # noqa: E402
 
-SIZE, ROUNDS = int(float(os.environ.get("SIZE", 100e6))), 3
+SIZE, ROUNDS = int(float(os.environ.get("SIZE", 256e6))), 3
 os.chdir(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
 library = [text for _, text in prepare.documents("stdlib") if text]
 texts, size = [], 0
