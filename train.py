@@ -8,9 +8,11 @@ Reads data/<dataset>/ (prepare.py), writes out_dir/ckpt.pt (the last state, to g
 validation loss) and log.jsonl. Run the same command again and it goes on where it stopped; Ctrl-C and SIGTERM save first.
 
 Every epoch visits every block once, in an order that depends on the seed and the step alone: not on ranks, nor on
-restarts. Left out: model and optimizer sharding (the paper's models fit one GPU many times over).
+restarts. Nothing else is drawn after the first weights, so a checkpoint holds no random state. Left out: model and
+optimizer sharding (the paper's models fit one GPU many times over).
 """
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -18,8 +20,10 @@ import signal
 import sys
 import time
 from bisect import bisect_left, insort
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +34,7 @@ import config
 from model import GPT, GPTConfig
 
 DATA = Path("data")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
 class Settings:
@@ -72,7 +77,7 @@ class Settings:
 
 
 def die(message):
-    print(f"train.py: {message}", file=sys.stderr, flush=True)
+    print(f"train.py: {f'rank {RANK}: ' if RANK else ''}{message}", file=sys.stderr, flush=True)
     raise SystemExit(1)
 
 
@@ -121,7 +126,8 @@ class TextRows:
 
 class ExampleRows:
     """Instruction data: whole examples packed into rows, loss on their responses alone. An example that is longer
-    than block_size loses its end, as the paper's do."""
+    than block_size loses its end, as the paper's do. Held in memory: 2 bytes a token, and the plan of all epochs, some
+    50 bytes an example and epoch (45 MB for 88,900 pairs * 5 sequences * 2 epochs)."""
 
     def __init__(self, folders, split, cfg):
         self.T, self.seed, self.plan, self.epochs = cfg.block_size, cfg.seed, [], 0
@@ -178,14 +184,24 @@ class ExampleRows:
         return tokens, targets, segments
 
 
-def batch_of(rows, numbers, device):
-    """Stack rows into (B, T) tensors on the device: idx, targets, segments or None."""
-    columns = zip(*(rows.row(i) for i in numbers))
-    return [None if c[0] is None else to_device(torch.from_numpy(np.stack(c)), device) for c in columns]
+def batch_of(rows, numbers, pin, shuffle=True):
+    """Stack rows into (B, T) tensors in (pinned) memory: [idx, targets, segments or None], and the number of targets."""
+    tensors = [None if c[0] is None else torch.from_numpy(np.stack(c))
+               for c in zip(*(rows.row(i, shuffle) for i in numbers))]
+    return [t.pin_memory() if pin and t is not None else t for t in tensors], int((tensors[1] >= 0).sum())
 
 
-def to_device(x, device):
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+def fingerprint(paths):
+    """A hash of the sizes of files and of 256 pages spread over each: that data is still the same, in milliseconds."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = os.path.getsize(path)
+        digest.update(str(size).encode())
+        with open(path, "rb") as f:
+            for i in range(256):
+                f.seek(max(0, size - 4096) * i // 255)
+                digest.update(f.read(4096))
+    return digest.hexdigest()[:12]
 
 
 def open_data(cfg):
@@ -201,7 +217,8 @@ def open_data(cfg):
                 "do not go together: a mixture has one tokenizer and one form")
     kind = TextRows if metas[0]["form"] == "text" else ExampleRows
     meta = {k: metas[0][k] for k in ("tokenizer", "fingerprint", "vocab_size", "form")}
-    meta["data"] = [[m["train"]["tokens"], m["val"]["tokens"]] for m in metas]
+    meta["data"] = [[m["train"]["tokens"], m["val"]["tokens"], fingerprint(sorted(f.glob("*.bin")) + sorted(
+        f.glob("*.npy")))] for f, m in zip(folders, metas)]
     return kind(folders, "train", cfg), kind(folders, "val", cfg), meta
 
 
@@ -281,7 +298,8 @@ def save(path, checkpoint):
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # a full disk
         tmp.unlink(missing_ok=True)
-        die(f"cannot write {path}: {e}; the checkpoint before it is untouched")
+        die(f"cannot write {path} ({str(e).splitlines()[0]}); the one before it is whole: make room, then the same "
+            "command goes on from there")
     os.replace(tmp, path)
 
 
@@ -297,24 +315,35 @@ PEAKS = {"H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40
          "4090": 165, "3090": 71, "5090": 210}
 
 
+def all_sum(x):
+    """The sum of a tensor over all ranks, in place. On the CPU it goes through gloo, and no rank waits for its GPU."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+
 def main():
     cfg = config.load(Settings)
     if cfg.plot:
         return plot(cfg.paths)
     if cfg.paths:
         die(f"{cfg.paths[0]}: a config file lives in a folder named config/; logs go with --plot")
+    for key in ("block_size", "batch_size", "micro_batch", "eval_interval", "log_interval"):
+        if getattr(cfg, key) < 1:
+            die(f"{key}={getattr(cfg, key)} must be at least 1")
 
-    # who and where we are: one process, or one of torchrun's
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    # where we are: one process, or one of torchrun's
     local = int(os.environ.get("LOCAL_RANK", 0))
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else (
         "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and local >= torch.cuda.device_count():
+        die(f"device=cuda: this machine has {torch.cuda.device_count()} GPUs, the process wants number {local + 1}")
     device = torch.device(f"cuda:{local}" if name == "cuda" else name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = print if rank == 0 else lambda *a, **k: None
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    say = (lambda line: print(line, flush=True)) if RANK == 0 else lambda line: None
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     if dtype not in ("bfloat16", "float32"):
         die(f"dtype={dtype!r} is neither 'bfloat16' nor 'float32'")
@@ -322,43 +351,48 @@ def main():
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32 on a GPU
     torch.manual_seed(cfg.seed)
 
+    # batch_size rows a step = ranks * accumulation * micro_batch (the last micro-batch may be smaller)
+    if cfg.batch_size % WORLD:
+        die(f"batch_size={cfg.batch_size} is not a multiple of the {WORLD} ranks")
+    per_rank = cfg.batch_size // WORLD
+    micro = min(cfg.micro_batch, per_rank)
+
+    if RANK:  # rank 0 goes first: what it refuses is said once, and ends the others here
+        all_sum(torch.zeros(1))
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
+    if RANK == 0:
         lock = open(out / "lock", "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             die(f"another run is writing to {out}; wait for it or choose another --out_dir")
 
-    # batch_size rows a step = ranks * accumulation * micro_batch (the last micro-batch may be smaller)
-    if cfg.batch_size % world:
-        die(f"batch_size={cfg.batch_size} is not a multiple of the {world} ranks")
-    per_rank = cfg.batch_size // world
-    micro = min(cfg.micro_batch, per_rank)
-
     # data and model: from a checkpoint of this run, from pretrained weights, or new
     checkpoint = load_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
+    start = load_checkpoint(Path(cfg.pretrained) / "ckpt.pt")["meta"] if cfg.pretrained and (
+        Path(cfg.pretrained) / "ckpt.pt").exists() else None
     if cfg.pretrained:
         try:
             model = GPT.from_pretrained(cfg.pretrained).float()
         except (FileNotFoundError, ValueError) as e:
             die(f"pretrained={cfg.pretrained}: {e}")
-        start_meta = load_meta(cfg.pretrained)
         cfg.block_size = min(cfg.block_size, model.config.block_size)
     train_rows, val_rows, meta = open_data(cfg)
-    if not cfg.pretrained:
-        model = GPT(GPTConfig(cfg.block_size, 64 * math.ceil(meta["vocab_size"] / 64), cfg.n_layer, cfg.n_head, cfg.n_embd,
-                              cfg.n_hidden))
-    elif start_meta and start_meta["fingerprint"] != meta["fingerprint"]:
-        die(f"{cfg.pretrained} was trained with {start_meta['tokenizer']}, data/{cfg.dataset} is in {meta['tokenizer']}: "
+    if start and start["fingerprint"] != meta["fingerprint"]:
+        die(f"{cfg.pretrained} was trained with {start['tokenizer']}, data/{cfg.dataset} is in {meta['tokenizer']}: "
             "prepare the data with the model's tokenizer")
+    if not cfg.pretrained:
+        try:
+            model = GPT(GPTConfig(cfg.block_size, 64 * math.ceil(meta["vocab_size"] / 64), cfg.n_layer, cfg.n_head,
+                                  cfg.n_embd, cfg.n_hidden))
+        except ValueError as e:
+            die(e)
     tokens_a_step = cfg.batch_size * cfg.block_size
     max_iters = cfg.max_iters or math.ceil(train_rows.rows_in(cfg.epochs) / cfg.batch_size)
-    val_n = min(val_rows.rows_in(1), cfg.eval_rows or sys.maxsize)
     shape = asdict(model.config)
     order = {k: getattr(cfg, k) for k in ("batch_size", "block_size", "seed", "optimizer", "dataset")}
-    step, best = 0, math.inf
+    step, best, evaluated = 0, math.inf, -1
     if checkpoint:
         for what, was, now in (("model", checkpoint["config"], shape), ("data", checkpoint["meta"], meta),
                                ("run", checkpoint["order"], order)):
@@ -366,26 +400,31 @@ def main():
             if changed:
                 die(f"{out}/ckpt.pt is of another {what}: {'; '.join(changed)}; set it back or choose another --out_dir")
         model.load_state_dict(checkpoint["model"])
-        step, best = checkpoint["step"], checkpoint["best"]
-        if step >= max_iters:
-            return say(f"{out} is finished ({step:,} steps); delete it to train anew, or raise --max_iters")
-        say(f"going on from {out}/ckpt.pt at step {step:,}")
+        step, best, evaluated = (checkpoint[k] for k in ("step", "best", "evaluated"))
+        if step > max_iters or step == max_iters == evaluated:
+            say(f"{out} is finished ({step:,} steps); delete it to train anew, or raise --max_iters")
+        else:
+            say(f"going on from {out}/ckpt.pt at step {step:,}")
     model = model.to(device)
     optimizers = make_optimizers(model, cfg, device)
     if checkpoint:
         for o, state in zip(optimizers, checkpoint["optimizers"]):
             o.load_state_dict(state)
-    del checkpoint
+    del checkpoint, start
+    if RANK == 0:
+        all_sum(torch.zeros(1))
+    if step > max_iters or step == max_iters == evaluated:
+        return
     raw = model
     if cfg.compile == "yes" or cfg.compile == "auto" and device.type == "cuda":
         model = torch.compile(model)
-    if world > 1:
+    if WORLD > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[local] if device.type == "cuda" else None,
                                                           gradient_as_bucket_view=True)
     peak = next((v for k, v in PEAKS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), 0) * 1e12
     flops = raw.flops_per_token(cfg.block_size)
     say(f"{raw.num_params() / 1e6:.2f}M parameters, {cfg.block_size} tokens a row, {tokens_a_step:,} a step "
-        f"({world} x {math.ceil(per_rank / micro)} x {micro} rows), {max_iters:,} steps, {device}, {dtype}")
+        f"({WORLD} x {math.ceil(per_rank / micro)} x {micro} rows), {max_iters:,} steps, {device}, {dtype}")
     if isinstance(train_rows, ExampleRows):
         n = train_rows.rows_in(1) / train_rows.epochs
         say(f"{len(train_rows.begin):,} examples, {len(train_rows.begin) / n:.1f} to a row, rows "
@@ -396,10 +435,11 @@ def main():
         signal.signal(s, lambda n, frame: stop.append(n))
 
     log = None
-    if rank == 0:  # lines past the checkpoint are of steps that are done again
-        kept = [line for line in (out / "log.jsonl").read_text().splitlines(True) if step and json.loads(line)["step"] <= step] \
-            if (out / "log.jsonl").exists() else []
-        (out / "log.jsonl").write_text("".join(kept))
+    if RANK == 0:  # lines past the checkpoint, and half of one, are of steps that are done again
+        lines = (out / "log.jsonl").read_text().splitlines(True) if step and (out / "log.jsonl").exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        (out / "log.tmp").write_text("".join(kept))
+        os.replace(out / "log.tmp", out / "log.jsonl")
         log = open(out / "log.jsonl", "a", buffering=1)
         if cfg.wandb:
             try:
@@ -409,129 +449,125 @@ def main():
             wandb.init(project=cfg.wandb, name=out.name, config=vars(cfg), resume="allow")
 
     def record(**line):
-        if rank == 0:
+        if RANK == 0:
             log.write(json.dumps(line) + "\n")
             if cfg.wandb:
                 wandb.log(line, step=line["step"])
 
+    def to_device(tensors):
+        return [None if t is None else t.to(device, non_blocking=True) for t in tensors]
+
+    # validation rows: the same at each evaluation, spread over all of val.bin, each rank taking its share
+    val_n = val_rows.rows_in(1)
+    picked = [i * val_n // min(val_n, cfg.eval_rows or val_n) for i in range(min(val_n, cfg.eval_rows or val_n))][RANK::WORLD]
+
     @torch.no_grad()
     def evaluate():
-        """Mean loss over the first val_n validation rows, each rank taking its share."""
-        model.eval()
-        total = torch.zeros(2, device=device, dtype=torch.float64)  # sum of losses, number of targets
-        mine = range(rank, val_n, world)
-        for at in range(0, len(mine), micro):
-            idx, targets, segments = batch_of(Unshuffled(val_rows), mine[at:at + micro], device)
+        """Mean loss over the targets of the picked rows."""
+        total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of targets
+        for at in range(0, len(picked), micro):
+            tensors, n = batch_of(val_rows, picked[at:at + micro], device.type == "cuda", shuffle=False)
             with autocast:
-                loss = raw(idx, targets, segments)[1]
-            n = (targets >= 0).sum()
-            total += torch.stack((loss.double() * n, n.double()))
-        if world > 1:
-            dist.all_reduce(total)
-        model.train()
+                total += torch.tensor([raw(*to_device(tensors))[1].item() * n, n], dtype=torch.float64)
+        all_sum(total)
         return (total[0] / total[1].clamp(min=1)).item()
 
-    def checkpoint_now():
-        if rank == 0:
-            state = {"config": shape, "model": raw.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                     "step": step, "best": best, "meta": meta, "order": order, "settings": {
-                         k: list(v) if isinstance(v, tuple) else v for k, v in vars(cfg).items()}}
+    def save_last():
+        state = {"config": shape, "model": raw.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                 "step": step, "best": best, "evaluated": evaluated, "meta": meta, "order": order, "settings": {
+                     k: list(v) if isinstance(v, tuple) else v for k, v in vars(cfg).items()}}
+        if RANK == 0 and evaluated == step and val == best:  # first: killed between the two, a run saves both again
+            save(out / "best.pt", {k: v for k, v in state.items() if k != "optimizers"})
+        if RANK == 0:
             save(out / "ckpt.pt", state)
-            return state
 
-    def micro_batches(step):
+    norms = []  # of the gradients of the steps since we last looked; the same on all ranks
+
+    def look():
+        """Wait for the device, and end the run at the first step whose gradient was not finite, before it is saved."""
+        for at, norm in enumerate(torch.stack(norms).tolist() if norms else (), step - len(norms)):
+            if not math.isfinite(norm):
+                if RANK == 0:
+                    die(f"loss or gradient not finite (norm {norm}) at step {at + 1:,}, rows {at * cfg.batch_size:,} to "
+                        f"{(at + 1) * cfg.batch_size - 1:,} of the order; {out}/ckpt.pt is the last good state: lower the "
+                        "learning rate or look at those rows")
+                raise SystemExit(1)
+        norms.clear()
+
+    def read(step):
         """This rank's share of a step: rows step * batch_size + rank, + world, ... of the run's order."""
-        numbers = range(step * cfg.batch_size + rank, (step + 1) * cfg.batch_size, world)
-        return [batch_of(train_rows, numbers[at:at + micro], device) for at in range(0, per_rank, micro)]
+        numbers = range(step * cfg.batch_size + RANK, (step + 1) * cfg.batch_size, WORLD)
+        return [batch_of(train_rows, numbers[at:at + micro], device.type == "cuda") for at in range(0, per_rank, micro)]
 
-    batches = micro_batches(step)
+    reader = ThreadPoolExecutor(1)
+    coming = reader.submit(read, step)
     begun = tick = time.time()
     ticked = first = step
     while True:
-        if step % cfg.eval_interval == 0 and step > first or step in (0, max_iters):
+        if evaluated != step and (step % cfg.eval_interval == 0 or step == max_iters):
+            look()
             val = evaluate()
             if not math.isfinite(val):
                 die(f"validation loss {val} at step {step}; {out}/ckpt.pt is the last good state: lower the learning rate")
-            if step:
-                better, best = val < best, min(best, val)
-                state = checkpoint_now()
-                if rank == 0 and better:
-                    save(out / "best.pt", {k: v for k, v in state.items() if k != "optimizers"})
             say(f"step {step:,}: validation loss {val:.4f}")
             record(step=step, tokens=step * tokens_a_step, val_loss=val)
+            best, evaluated = min(best, val), step
+            if step:
+                save_last()
             tick, ticked = time.time(), step
         if step == max_iters:
             break
 
+        batches = coming.result()
+        if step + 1 < max_iters:
+            coming = reader.submit(read, step + 1)  # it is read while this one trains
+        # over all ranks: the targets of this step, and who was asked to stop (one rank's signal is everyone's)
+        count, asked = all_sum(torch.tensor([sum(n for _, n in batches), len(stop)])).tolist()
+        if asked:
+            look()
+            save_last()
+            all_sum(torch.zeros(1))  # a rank that has ended would have the others killed before they have saved
+            say(f"asked to stop: saved {out}/ckpt.pt at step {step:,}; the same command goes on from there")
+            if WORLD > 1:
+                dist.destroy_process_group()
+            raise SystemExit(128 + stop[0] if stop else 0)
+
         scale = lr_scale(step, max_iters, cfg)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = group["peak"] * scale
-        # The loss is the mean over all targets of the whole step, on whichever rank and micro-batch they lie.
-        count = sum((targets >= 0).sum() for _, targets, _ in batches)
-        if world > 1:
-            dist.all_reduce(count)
         total = torch.zeros((), device=device)
-        for i, (idx, targets, segments) in enumerate(batches):
+        for i, (tensors, n) in enumerate(batches):
             last = i == len(batches) - 1
-            with nullcontext() if last or world == 1 else model.no_sync():  # gradients travel once a step
+            with nullcontext() if last or WORLD == 1 else model.no_sync():  # gradients travel once a step
                 with autocast:
-                    loss = model(idx, targets, segments)[1]
-                part = loss * ((targets >= 0).sum() / count.clamp(min=1))
-                (part * world).backward()  # DDP averages over ranks; this makes it their sum
-            total += part.detach()
-        batches = micro_batches(step + 1) if step + 1 < max_iters else None  # read while the GPU is at work
-        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf)
+                    loss = model(*to_device(tensors))[1]
+                # The mean is over all targets of the step, on whichever rank and micro-batch they lie; DDP averages over
+                # ranks, `WORLD` makes it their sum.
+                (loss * (n * WORLD / max(1, count))).backward()
+            total += loss.detach() * (n / max(1, count))
+        norms.append(torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf))
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
         step += 1
 
         if step % cfg.log_interval == 0 or step in (1, max_iters):
-            if world > 1:
-                dist.all_reduce(total)
-            loss, norm = total.item(), norm.item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                die(f"loss {loss}, gradient norm {norm} at step {step} (rows {(step - 1) * cfg.batch_size:,} to "
-                    f"{step * cfg.batch_size - 1:,} of the order); {out}/ckpt.pt is the last good state: lower the "
-                    "learning rate or look at those rows")
+            loss, norm = all_sum(total).item(), norms[-1].item()
+            look()
             now = time.time()
             speed = (step - ticked) * tokens_a_step / (now - tick)
-            mfu = speed * flops / (peak * world) if peak else None
-            left = (max_iters - step) * tokens_a_step / speed / 60
+            mfu = speed * flops / (peak * WORLD) if peak else None
+            left = timedelta(seconds=round((max_iters - step) * tokens_a_step / speed))
             say(f"step {step:>6,}/{max_iters:,} | loss {loss:.4f} | lr {cfg.learning_rate * scale:.1e} | norm {norm:.2f} | "
-                f"{speed:,.0f} tok/s | " + (f"MFU {mfu:.1%} | " if mfu else "") + f"{left:.1f} min left", flush=True)
+                f"{speed:,.0f} tok/s | " + (f"MFU {mfu:.1%} | " if mfu else "") + f"{left} left")
             record(step=step, tokens=step * tokens_a_step, loss=loss, lr=cfg.learning_rate * scale, norm=norm,
                    tokens_per_second=speed, mfu=mfu)
             tick, ticked = now, step
 
-        asked = torch.tensor(len(stop))
-        if world > 1 and step % cfg.log_interval == 0:  # one rank's signal is everyone's
-            asked = asked.to(device)
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        if asked.item() and (world == 1 or step % cfg.log_interval == 0):
-            checkpoint_now()
-            say(f"asked to stop: saved {out}/ckpt.pt at step {step:,}; the same command goes on from there")
-            if world > 1:
-                dist.destroy_process_group()
-            raise SystemExit(128 + stop[0] if stop else 0)
-
     say(f"train.py: {step - first:,} steps, {(step - first) * tokens_a_step / 1e6:.2f}M tokens in "
         f"{time.time() - begun:.1f} s; best validation loss {best:.4f}; {out}/ckpt.pt")
-    if world > 1:
+    if WORLD > 1:
         dist.destroy_process_group()
-
-
-class Unshuffled:
-    """Rows in the order of the file, for validation."""
-
-    def __init__(self, rows):
-        self.row = lambda i: rows.row(i, shuffle=False)
-
-
-def load_meta(folder):
-    """The tokenizer's part of a checkpoint folder, {} for a Hugging Face one."""
-    path = Path(folder) / "ckpt.pt"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["meta"] if path.exists() else {}
 
 
 def plot(paths):
@@ -550,10 +586,9 @@ def plot(paths):
             lines = [json.loads(line) for line in open(path)]
         except (OSError, ValueError) as e:
             die(f"{path}: {e}")
-        train = [(x["tokens"], x["loss"]) for x in lines if "loss" in x]
-        val = [(x["tokens"], x["val_loss"]) for x in lines if "val_loss" in x]
-        curve, = axis.plot(*zip(*train), alpha=0.4)
-        axis.plot(*zip(*val), marker="o", color=curve.get_color(), label=Path(path).parent.name)
+        points = lambda key: ([x["tokens"] for x in lines if key in x], [x[key] for x in lines if key in x])
+        curve, = axis.plot(*points("loss"), alpha=0.4)
+        axis.plot(*points("val_loss"), marker="o", color=curve.get_color(), label=Path(path).parent.name or path)
     axis.set(xlabel="tokens", ylabel="loss (line: training, dots: validation)")
     axis.legend()
     figure.savefig("plot.png", dpi=120, bbox_inches="tight")
@@ -561,4 +596,13 @@ def plot(paths):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        die("out of GPU memory: halve --micro_batch (it changes no result)")
+    except OSError as e:  # a full disk
+        die(f"{e}; the last checkpoint is whole")
+    except RuntimeError as e:
+        if WORLD == 1 or "peer" not in str(e):
+            raise
+        die(f"another rank has ended or does not answer ({str(e).splitlines()[0]}); the last checkpoint is whole")

@@ -1,5 +1,7 @@
 """train.py as users run it: to the end, stopped and resumed, killed, on two ranks; and its rows, schedule and Muon."""
 import json
+import re
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -7,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run, start
+from conftest import ROOT, run, start
 
 import train
 
@@ -27,6 +29,44 @@ def same_state(a, b):
     assert len(flat(a)) > 0 and all(torch.equal(x, y) for x, y in zip(flat(a), flat(b)))
 
 
+FAULTY = """
+import io, os, resource, runpy, sys
+import torch
+sys.path.insert(0, {root!r})
+real = torch.save
+def save(state, f):
+    if state["step"] == {step} and "optimizers" in state:
+        if {what!r} == "full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        else:
+            whole = io.BytesIO()
+            real(state, whole)
+            f.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+            f.flush()
+            os.kill(os.getpid(), 9)
+    real(state, f)
+torch.save = save
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+def faulty(folder, what, step):
+    """A train.py that is killed half-way through writing the checkpoint of a step, or finds the disk full there."""
+    (folder / "faulty.py").write_text(FAULTY.format(root=str(ROOT), what=what, step=step))
+    return folder / "faulty.py"
+
+
+def stop_at(step, number, *args, **kwargs):
+    """Send the signal to a run when it has said this step's line; (exit status, the rest of its output)."""
+    process = start("train.py", *args, **kwargs)
+    for line in process.stdout:
+        if line.startswith(f"step {step:6}/"):
+            process.send_signal(number)
+            break
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_learns_and_resumes_bit_for_bit(workspace, tmp_path, optimizer):
     args = ("--dataset=text", f"--optimizer={optimizer}", "--max_iters=30", *TINY)
@@ -34,32 +74,54 @@ def test_learns_and_resumes_bit_for_bit(workspace, tmp_path, optimizer):
     assert status == 0, err
     whole = losses(tmp_path / "whole")
     assert whole[-1][2] < whole[0][2] - 0.5  # validation loss fell
-    # kill -9 as soon as step 13 is logged: three steps past the checkpoint of step 10
-    process = start("train.py", *args, f"--out_dir={tmp_path}/cut", cwd=workspace)
-    for line in process.stdout:
-        if line.startswith("step     13/30"):
-            process.kill()
-            break
-    process.wait()
-    status, out, err = run("train.py", *args, f"--out_dir={tmp_path}/cut", cwd=workspace)
+    assert all(len(line) <= 120 for line in out.splitlines())
+    args = (*args, f"--out_dir={tmp_path}/cut")
+    if optimizer == "adamw":  # killed three steps past the checkpoint of step 10, in the middle of a line of the log
+        stop_at(13, signal.SIGKILL, *args, cwd=workspace)
+        with open(tmp_path / "cut/log.jsonl", "a") as f:
+            f.write('{"step": 14, "lo')
+        status, out, err = run(faulty(tmp_path, "full disk", 20), *args, cwd=workspace)
+        assert status == 1 and "cannot write" in err and len(err.splitlines()) == 1, err
+        assert not list((tmp_path / "cut").glob("*.tmp"))
+    else:
+        assert run(faulty(tmp_path, "kill", 20), *args, cwd=workspace)[0] == -signal.SIGKILL
+        assert (tmp_path / "cut/ckpt.tmp").exists()
+    status, out, err = run("train.py", *args, cwd=workspace)
     assert status == 0 and "going on from" in out and "at step 10" in out, err
     assert losses(tmp_path / "cut") == whole
     same_state(tmp_path / "cut", tmp_path / "whole")
-    status, out, err = run("train.py", *args, f"--out_dir={tmp_path}/cut", cwd=workspace)
+    best = torch.load(tmp_path / "cut/best.pt", weights_only=True)
+    assert best["best"] == min(x[2] for x in whole[1:] if x[2] is not None)
+    status, out, err = run("train.py", *args, cwd=workspace)
     assert status == 0 and "is finished (30 steps)" in out
+
+
+def test_two_ranks_killed_and_stopped_resume_bit_for_bit(workspace, tmp_path):
+    """Rank 0 dies in the middle of a save: the other ends too; then torchrun is asked to stop just where an evaluation
+    is due; the third run ends as one that was never stopped."""
+    args = ("--dataset=edits", "--max_iters=12", *TINY, "--eval_interval=4")
+    assert run("train.py", *args, f"--out_dir={tmp_path}/whole", cwd=workspace, ranks=2)[0] == 0
+    args, begun = (*args, f"--out_dir={tmp_path}/cut"), time.time()
+    status, out, err = run(faulty(tmp_path, "kill", 8), *args, cwd=workspace, ranks=2)
+    assert status == 1 and "rank 1: another rank has ended" in err and "SIGKILL" in err
+    assert torch.load(tmp_path / "cut/ckpt.pt", weights_only=True)["step"] == 4 and time.time() - begun < 60
+    status, out = stop_at(8, signal.SIGTERM, *args, cwd=workspace, ranks=2)
+    assert status != 0 and "asked to stop: saved" in out
+    assert torch.load(tmp_path / "cut/ckpt.pt", weights_only=True)["step"] < 12
+    status, out, err = run("train.py", *args, cwd=workspace, ranks=2)
+    assert status == 0 and "going on from" in out, err
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    same_state(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_sigterm_saves_and_two_ranks_go_on(workspace, tmp_path):
     """One rank, asked to stop in the middle; two ranks finish the run; the losses are those of one."""
     args = ("--dataset=edits", "--max_iters=12", *TINY)
     assert run("train.py", *args, f"--out_dir={tmp_path}/whole", cwd=workspace)[0] == 0
-    process = start("train.py", *args, f"--out_dir={tmp_path}/cut", cwd=workspace)
-    for line in process.stdout:
-        if line.startswith("step      3/12"):
-            process.send_signal(signal.SIGTERM)
-            break
-    assert "asked to stop: saved" in process.stdout.read() and process.wait() == 128 + signal.SIGTERM
-    status, out, err = run("train.py", *args, f"--out_dir={tmp_path}/cut", cwd=workspace, ranks=2)
+    args = (*args, f"--out_dir={tmp_path}/cut")
+    status, out = stop_at(3, signal.SIGTERM, *args, cwd=workspace)
+    assert "asked to stop: saved" in out and status == 128 + signal.SIGTERM
+    status, out, err = run("train.py", *args, cwd=workspace, ranks=2)
     assert status == 0 and "going on from" in out and "(2 x 1 x 4 rows)" in out, err
     one, two = losses(tmp_path / "whole"), losses(tmp_path / "cut")
     assert [x[0] for x in one] == [x[0] for x in two]
@@ -81,10 +143,12 @@ def test_finetunes_from_pretrained_and_refuses_what_does_not_fit(workspace, tmp_
     tune = ("--dataset=programs", "--epochs=2", *TINY, f"--pretrained={pre}")
     status, out, err = run("train.py", *tune, out_dir, "--max_iters=2", cwd=workspace)
     assert status == 0, err
-    first = losses(tmp_path / "tuned")[0][2]
-    assert first < 5.9  # an untrained model's is log(512) = 6.24
+    assert run("train.py", *tune, "--pretrained=", f"--out_dir={tmp_path}/new", "--max_iters=1", cwd=workspace)[0] == 0
+    first, untrained = (losses(tmp_path / x)[0][2] for x in ("tuned", "new"))  # on the same rows, before any step
+    assert first < untrained - 0.1
     for change, message in ((("--batch_size=4",), "batch_size was 8, is 4"), (("--dataset=edits",), "is of another data"),
-                            (("--pretrained=", "--n_layer=3"), "n_layer was 2, is 3")):
+                            (("--pretrained=", "--n_layer=3"), "n_layer was 2, is 3"), (("--seed=1",), "seed was 1337, is 1"),
+                            (("--pretrained=", "--n_head=3"), "n_embd=32 must be n_head=3 times")):
         status, out, err = run("train.py", *tune, out_dir, *change, cwd=workspace)
         assert status == 1 and message in err and "Traceback" not in err
     (tmp_path / "tuned" / "ckpt.pt").write_bytes((tmp_path / "tuned" / "ckpt.pt").read_bytes()[:5000])
@@ -109,11 +173,25 @@ def test_two_runs_into_one_folder_are_refused(workspace, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(workspace, tmp_path):
-    args = ("--dataset=text", "--max_iters=40", *TINY, "--grad_clip=0", f"--out_dir={tmp_path}/out")
-    status, out, err = run("train.py", *args, "--learning_rate=1e30", cwd=workspace)
-    assert status == 1 and "step" in err and "Traceback" not in err
-    assert not (tmp_path / "out/ckpt.pt").exists() or all(
-        v.isfinite().all() for v in torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["model"].values())
+    """Noticed before anything is saved, also where no line is logged, and the step is named."""
+    args = ("--dataset=text", "--max_iters=40", *TINY, f"--out_dir={tmp_path}/out", "--log_interval=1000")
+    assert run("train.py", *args, "--max_iters=10", cwd=workspace)[0] == 0
+    good = (tmp_path / "out/ckpt.pt").read_bytes()
+    status, out, err = run("train.py", *args, "--learning_rate=1e30", "--eval_interval=5", cwd=workspace)
+    assert status == 1 and len(err.splitlines()) == 1 and (tmp_path / "out/ckpt.pt").read_bytes() == good
+    step = int(re.search(r"not finite .* at step (\d+), rows", err)[1])
+    assert 11 <= step <= 15 and f"rows {(step - 1) * 8} to {step * 8 - 1} of the order" in err
+
+
+def test_data_that_changed_under_a_checkpoint_is_refused(workspace, tmp_path):
+    """As many tokens as before, but others."""
+    shutil.copytree(workspace / "data", tmp_path / "data")
+    args = ("--dataset=text", "--max_iters=1", *TINY, f"--out_dir={tmp_path}/out")
+    assert run("train.py", *args, cwd=tmp_path)[0] == 0
+    tokens = np.fromfile(tmp_path / "data/text/train.bin", dtype="<u2")
+    tokens[::-1].tofile(tmp_path / "data/text/train.bin")
+    status, out, err = run("train.py", *args, "--max_iters=2", cwd=tmp_path)
+    assert status == 1 and "is of another data: data was [[" in err and len(err.splitlines()) == 1
 
 
 def test_permutation_visits_everything_once():
