@@ -24,7 +24,7 @@ def start(script, *args, cwd, ranks=1, **kwargs):
 def run(script, *args, cwd, ranks=1):
     """(exit status, standard output, standard error) of a script."""
     process = start(script, *args, cwd=cwd, ranks=ranks)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
