@@ -603,6 +603,6 @@ if __name__ == "__main__":
     except OSError as e:  # a full disk
         die(f"{e}; the last checkpoint is whole")
     except RuntimeError as e:
-        if WORLD == 1 or "peer" not in str(e):
+        if WORLD == 1 or not any(what in str(e) for what in ("closed by peer", "reset by peer", "Broken pipe", "imed out")):
             raise
-        die(f"another rank has ended or does not answer ({str(e).splitlines()[0]}); the last checkpoint is whole")
+        die("another rank has ended or does not answer; the last checkpoint is whole, the same command goes on from there")

@@ -5,12 +5,13 @@
 
 A step is what a run does: forward, backward, clipping, AdamW. Ours and the peer's steps take turns, so that whatever
 else the machine does hits both; the peer is at its best: SDPA, fused AdamW, and on a GPU torch.compile, the better of
-with and without. On a GPU it also measures ours without compile, without the fused loss and with each attention
+with and without (on a CPU too, if it has g++). On a GPU it also measures ours without compile, without the fused loss and with each attention
 backend, and a large matmul as the floor. Prints a table; --out=tests/bench/results/train-<device>.json keeps it.
 """
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -109,16 +110,18 @@ def main():
         for batch in map(int, args.batch.split(",")) if cuda else [base[4]]:
             shape = (*base[:4], batch, 1024 if cuda else base[5])
             runners = {"ours": lambda: Runner(ours(shape, device), shape, device, cuda),
-                       "transformers": lambda: Runner(theirs(shape, device), shape, device)}
+                       "transformers": lambda: Runner(theirs(shape, device), shape, device),
+                       "transformers, compiled": lambda: Runner(theirs(shape, device), shape, device, True)}
             if cuda:
                 from torch.nn.attention import SDPBackend
-                runners |= {"transformers, compiled": lambda: Runner(theirs(shape, device), shape, device, True),
-                            "ours, not compiled": lambda: Runner(ours(shape, device), shape, device),
+                runners |= {"ours, not compiled": lambda: Runner(ours(shape, device), shape, device),
                             "ours, plain loss": lambda: Runner(ours(shape, device, False), shape, device, True),
                             "ours, flash": lambda: Runner(ours(shape, device), shape, device, True, SDPBackend.FLASH_ATTENTION),
                             "ours, cudnn": lambda: Runner(ours(shape, device), shape, device, True, SDPBackend.CUDNN_ATTENTION)}
             steps = args.steps or (50 if cuda else 20 if shape_name == "demo" else 4)
             # on a CPU both are held and take turns; on a GPU one after another, each with the memory for itself
+            if not cuda and not shutil.which("g++"):
+                del runners["transformers, compiled"]
             live = {} if cuda else {k: make() for k, make in runners.items()}
             for _ in range(0 if cuda else steps + 1):
                 for runner in live.values():
