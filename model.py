@@ -15,6 +15,8 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -87,8 +89,8 @@ class Attention(nn.Module):
             keys, values, rows, positions = cache
             keys[rows[:, None], :, positions] = k.transpose(1, 2).to(keys.dtype)  # (B, T, H, D)
             values[rows[:, None], :, positions] = v.transpose(1, 2).to(keys.dtype)
-            if mask is not None:  # a decoding step: rows are all slots, in order
-                k, v = keys[:, :, :mask.size(-1)], values[:, :, :mask.size(-1)]
+            if mask is not None:  # a decoding step: rows are the first B slots, in order
+                k, v = keys[:B, :, :mask.size(-1)], values[:B, :, :mask.size(-1)]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -203,19 +205,19 @@ class GPT(nn.Module):
                                         torch.is_grad_enabled())
         return None, total / (targets >= 0).sum().clamp(min=1)
 
-    def hidden(self, idx, rope, mask=None, caches=None):
+    def hidden(self, idx, rope, mask=None, caches=None, blocks=None):
         """The final norm's output, (B, T, C)."""
         x, rope = self.wte(idx), tuple(r.to(self.wte.weight.dtype) for r in rope)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(blocks or self.blocks):
             x = block(x, rope, mask, caches and caches[i])
         return norm(x)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, *, temperature=1.0, top_p=1.0, seeds=None, stop_tokens=(), stop=None,
-                 accept=None, batch_size=64, on_token=None):
+                 accept=None, batch_size=64, on_token=None, chunk=0):
         """Continue every prompt; returns one list of new tokens each, without the stop token that ended it.
 
-        prompts: lists of token ids, none empty, of any lengths. temperature 0 is argmax; else the nucleus of
+        prompts: lists of token ids, none empty, of any lengths. max_new_tokens: of all, or of each. temperature 0 is argmax; else the nucleus of
         probability `top_p` is sampled from, by one uniform number a token drawn from the row's own seed
         (`seeds`: ints, default 0, 1, ...), so that a sample does not depend on what shares its batch. A row ends at a
         token of `stop_tokens`, when `stop(new_tokens)` is true, after max_new_tokens, or at block_size; its place
@@ -224,102 +226,69 @@ class GPT(nn.Module):
         another one drawn in its place; a list becomes the new tokens (what it shares with the old ones stays cached,
         the rest is fed). After a list that is no longer than `new`, tokens are drawn at temperature 1 even if
         `temperature` is 0, until a longer one comes; on_token hears of removed tokens as a negative number of them.
-        Keys and values are cached: each token costs one row of one forward pass. ValueError on an empty prompt or one
-        that fills block_size."""
-        device, dtype, S = self.wte.weight.device, self.wte.weight.dtype, self.config.block_size
+        chunk: steps between two looks at the tokens (0: 16 on CUDA, which waits for the device once a chunk; else 1, as
+        always with `accept`). ValueError on an empty prompt or one that fills block_size."""
+        S = self.config.block_size
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < S:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens; it must have 1 to {S - 1} (block_size={S})")
-        longest = min(S, max(map(len, prompts), default=0) + max_new_tokens)
-        B, H = min(batch_size, len(prompts)), self.config.n_head
-        shape = (B, H, longest, self.config.n_embd // H)
-        caches = [(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-                  for _ in self.blocks]
-        outputs, waiting = [[] for _ in prompts], list(range(len(prompts)))[::-1]
-        owner = [None] * B  # which prompt each slot of the batch works on
-        uniforms, randoms = torch.zeros(B, max_new_tokens), [None] * B  # each slot's random numbers, one a token
-        tokens, lengths = torch.zeros(B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)  # last token, cached
-        again, feed = set(), [[] for _ in range(B)]  # slots that draw a cut part again; tokens that are not to be drawn
+        if not prompts or max_new_tokens == 0:
+            return [[] for _ in prompts]
+        B, most = min(batch_size, len(prompts)), max_new_tokens
+        most = most if isinstance(most, (list, tuple)) else [most] * len(prompts)
+        chunk = 1 if accept else chunk or (16 if self.wte.weight.is_cuda else 1)
+        decoder = Decoder(self, B, min(S, max(map(len, prompts)) + max(most)), temperature, top_p, chunk)
+        outputs, waiting = [None] * len(prompts), list(range(len(prompts)))[::-1]
+        rows = []  # row s of the batch lives in slot s of the cache
 
-        def take(slots, logits):
-            """Sample a token for each of `slots` from logits (len(slots), V); free the slots whose row ended."""
-            u = torch.stack([uniforms[s, len(outputs[owner[s]])] for s in slots]) if temperature or again else None
-            drawn = sample_tokens(logits, temperature, top_p, u).tolist()
-            for r, (s, token) in enumerate(zip(slots, drawn)):
-                i, row = owner[s], logits[r:r + 1]
-                new, keep, refused = outputs[i], None, 0
-                if feed[s]:
-                    token = feed[s].pop(0)
-                else:
-                    if s in again and not temperature:
-                        token = sample_tokens(row, 1.0, top_p, u[r:r + 1]).item()
-                    keep = accept(i, new, token) if accept else None
-                while keep is False:  # refusing until one is taken draws from what may be taken, exactly
-                    row[0, token], refused = -math.inf, refused + 1
-                    if row.max() == -math.inf:
-                        token, keep = None, None
+        while waiting or rows:
+            if waiting and B - len(rows) >= min(len(waiting), max(1, B // 8)):  # a few at a time: prefill in batches
+                fresh = [waiting.pop() for _ in range(min(len(waiting), B - len(rows)))]
+                decoder.prefill([row.seq[:row.start] for row in rows], [prompts[i] for i in fresh])
+                for i in fresh:
+                    start, random = len(prompts[i]), Random(seeds[i] if seeds is not None else i)
+                    rows.append(SimpleNamespace(i=i, seq=list(prompts[i]), start=start, at=start - 1, random=random, hot=False,
+                                                end=min(start + most[i], S)))
+            # Each row is fed the token at its `at`, whose key is not cached yet; where that is its last, one is drawn.
+            drawing = [row.at == len(row.seq) - 1 for row in rows]
+            u = [[row.random.random() if draws and temperature else 0.0 for _ in range(chunk)]
+                 for row, draws in zip(rows, drawing)]
+            drawn = decoder.run([row.seq[row.at] for row in rows], [row.at for row in rows], u)
+            ended = []
+            for s, (row, draws) in enumerate(zip(rows, drawing)):
+                row.at += 1
+                for token in drawn[s] if draws else ():
+                    keep = None
+                    if accept:
+                        token, keep = settle(accept, row, token, decoder.logits[s:s + 1], temperature, top_p)
+                    if keep is not None:
+                        new = row.seq[row.start:]
+                        same = next((k for k, (x, y) in enumerate(zip(new, keep)) if x != y), min(len(new), len(keep)))
+                        row.seq[row.start + same:] = keep[same:row.end - row.start]
+                        row.at = min(row.at, row.start + same, len(row.seq) - 1)
+                        row.hot = len(keep) <= len(new)
+                        come = [same - len(new)] * (same < len(new)) + row.seq[row.start + same:]
+                    elif token is None or token in stop_tokens:
+                        ended.append(s)
                         break
-                    hot = (temperature or s in again) and refused < 64  # or the best that is left
-                    token = sample_tokens(row, (temperature or 1.0) if hot else 0, top_p, torch.rand(
-                        1, generator=randoms[s])).item()
-                    keep = accept(i, new, token)
-                if keep is not None and keep != new + [token]:
-                    same = next((k for k, (x, y) in enumerate(zip(new, keep)) if x != y), min(len(new), len(keep)))
-                    if len(keep) <= len(new):
-                        uniforms[s] = torch.rand(max_new_tokens, generator=randoms[s])
-                        again.add(s)
                     else:
-                        again.discard(s)
-                    if on_token and same < len(new):
-                        on_token(i, same - len(new))
-                    del new[same:]
-                    feed[s] = keep[same:]
-                    if not feed[s]:  # back to there: the cache past it is overwritten before it is seen
-                        tokens[s], lengths[s] = (prompts[i] + new)[-1], len(prompts[i]) + same - 1
-                        continue
-                    token = feed[s].pop(0)
-                    lengths[s] = len(prompts[i]) + same
-                elif keep is not None:
-                    again.discard(s)
-                ended = token is None or token in stop_tokens
-                if not ended:
-                    tokens[s] = token
-                    new.append(token)
-                    if on_token:
-                        on_token(i, token)
-                    ended = (len(new) == max_new_tokens or len(prompts[i]) + len(new) >= S or bool(stop and stop(new)))
-                if ended:
-                    owner[s], lengths[s], feed[s] = None, 0, []  # an idle slot computes one masked position, in vain
-                    again.discard(s)
-                    if on_token:
-                        on_token(i, None)
-
-        while waiting and max_new_tokens or any(o is not None for o in owner):
-            free = [s for s in range(B) if owner[s] is None]
-            if waiting and len(free) >= min(len(waiting), max(1, B // 8)):  # a few at a time: prefill in batches
-                slots = free[:len(waiting)]
-                for s in slots:
-                    owner[s] = i = waiting.pop()
-                    lengths[s] = len(prompts[i])
-                    randoms[s] = torch.Generator().manual_seed(seeds[i] if seeds is not None else i)
-                    uniforms[s] = torch.rand(max_new_tokens, generator=randoms[s])
-                T = max(len(prompts[owner[s]]) for s in slots)
-                # Padded on the right: causal attention keeps the padding from every real token, and decoding
-                # overwrites its keys before the mask lets anyone see them.
-                idx = torch.tensor([prompts[owner[s]] + [0] * (T - len(prompts[owner[s]])) for s in slots])
-                rows, positions = torch.tensor(slots, device=device), torch.arange(T, device=device)[None]
-                x = self.hidden(idx.to(device), (self.cos[:T], self.sin[:T]), None,
-                                [(*c, rows, positions) for c in caches])
-                last = (lengths[slots] - 1).to(device)
-                take(slots, F.linear(x[torch.arange(len(slots), device=device), last], self.head).float())
-                continue
-            active = [s for s in range(B) if owner[s] is not None]
-            at = lengths.to(device)[:, None]  # (B, 1): where this step's key goes
-            seen = torch.arange(int(lengths.max()) + 1, device=device) <= at  # (B, S)
-            x = self.hidden(tokens.to(device)[:, None], (self.cos[at][:, None], self.sin[at][:, None]),
-                            seen[:, None, None], [(*c, torch.arange(B, device=device), at) for c in caches])
-            lengths[active] += 1
-            take(active, F.linear(x[active, 0], self.head).float())
+                        row.seq.append(token)
+                        come = [token]
+                    for t in come if on_token else ():
+                        on_token(row.i, t)
+                    if len(row.seq) == row.end or stop and stop(row.seq[row.start:]):
+                        ended.append(s)
+                        break
+                else:
+                    row.at += (chunk - 1) * draws
+            for s in reversed(ended):  # the last row moves into the gap
+                outputs[rows[s].i] = rows[s].seq[rows[s].start:]
+                if on_token:
+                    on_token(rows[s].i, None)
+                last = rows.pop()
+                if s < len(rows):
+                    decoder.copy(len(rows), s, last.at)
+                    rows[s] = last
         return outputs
 
     # -- Hugging Face's OlmoForCausalLM -------------------------------------------------------------------------------
@@ -396,6 +365,130 @@ class GPT(nn.Module):
             model = cls(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"], assign=True)
         return model
+
+
+class Packed(nn.Module):
+    """nn.Linear for decoding in float32 on a CPU: the matrix laid out once, transposed for one row, else for oneDNN's
+    products with `rows` rows. F.linear's own layout is 1.7 and 2 to 3 times as slow."""
+
+    def __init__(self, weight, rows):
+        super().__init__()
+        self.weight = weight.t().contiguous() if rows == 1 else torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+    def forward(self, x):
+        if not self.weight.is_mkldnn:
+            return x @ self.weight
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class Decoder:
+    """The cache of `slots` sequences, and the step that feeds each of them a token and draws its next. The shapes of a step
+    depend on (n, limit) alone: slots in use and a bound of their lengths; on CUDA, a graph is captured for each pair."""
+
+    def __init__(self, model, slots, length, temperature, top_p, chunk):
+        c, w = model.config, model.wte.weight
+        self.model, self.temperature, self.top_p, self.graphs = model, temperature, top_p, {}
+        self.device, self.slots, length = w.device, slots, -(-(length + chunk) // 64) * 64
+        zeros = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=w.device)
+        # (layers, keys and values, slots, H, S, D): what a head attends to lies together, in the order of positions
+        self.cache = zeros(c.n_layer, 2, slots, c.n_head, length, c.n_embd // c.n_head, dtype=w.dtype)
+        self.tokens, self.at = zeros(slots, dtype=torch.int64), zeros(slots, dtype=torch.int64)
+        self.u, self.drawn = zeros(slots, chunk, dtype=torch.float32), zeros(slots, chunk, dtype=torch.int64)
+        self.logits = zeros(slots, c.vocab_size, dtype=torch.float32)
+        self.blocks, self.head = model.blocks, lambda x: F.linear(x, model.head)
+        if w.device.type == "cpu" and w.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            with torch.device("meta"):
+                self.blocks = [Block(c) for _ in model.blocks]
+            for new, old in zip(self.blocks, model.blocks):
+                for part, name in (("attn", "qkv"), ("attn", "proj"), ("mlp", "gate_up"), ("mlp", "down")):
+                    setattr(getattr(new, part), name, Packed(getattr(getattr(old, part), name).weight, slots))
+            self.head = Packed(model.head, slots)
+
+    def hidden(self, idx, positions, slots, mask=None):
+        """The final norm's output (B, T, C) for idx (B, T) at `positions` (B or 1, T), cached into `slots` (B,)."""
+        at = positions.clamp(max=self.model.config.block_size - 1)  # past it, in vain: a row ended within its chunk
+        rope = self.model.cos[at][:, None], self.model.sin[at][:, None]  # (B or 1, 1, T, D / 2)
+        return self.model.hidden(idx, rope, mask, [(k, v, slots, positions) for k, v in self.cache], self.blocks)
+
+    def prefill(self, there, prompts):
+        """Cache all of `prompts` but their last tokens, in the slots that follow those of the prompts `there`. A prompt is
+        computed once and copied for its other samples."""
+        first, part, longest = {}, [], 0
+        for s, prompt in enumerate(there + prompts):
+            first.setdefault(tuple(prompt), s)
+        new = [(prompt[:-1], s) for prompt, s in first.items() if s >= len(there) and len(prompt) > 1]
+        for k, (prompt, s) in enumerate(new):
+            part, longest = part + [(prompt, s)], max(longest, len(prompt))
+            if k + 1 < len(new) and max(longest, len(new[k + 1][0])) * (len(part) + 1) <= 8192:
+                continue
+            # Padded on the right: causal attention keeps the padding from every real token, and decoding overwrites its
+            # keys before the mask lets anyone see them.
+            idx = torch.tensor([prompt + (0,) * (longest - len(prompt)) for prompt, _ in part], device=self.device)
+            self.hidden(idx, torch.arange(longest, device=self.device)[None],
+                        torch.tensor([s for _, s in part], device=self.device))
+            part, longest = [], 0
+        for s, prompt in enumerate(prompts, len(there)):
+            if first[tuple(prompt)] != s:
+                self.copy(first[tuple(prompt)], s, len(prompt) - 1)
+
+    def copy(self, source, to, length):
+        self.cache[:, :, to, :, :length] = self.cache[:, :, source, :, :length]
+
+    def step(self, n, limit):
+        """Feed self.tokens[:n] at the positions self.at[:n], all below `limit`; what is drawn by self.u's next numbers is fed
+        by the next step."""
+        tokens, at, u, drawn = self.tokens[:n], self.at[:n], self.u[:n], self.drawn[:n]
+        unseen = torch.arange(limit, device=self.device) > at[:, None]
+        mask = torch.zeros(n, limit, dtype=self.cache.dtype, device=self.device).masked_fill_(unseen, -math.inf)
+        x = self.hidden(tokens[:, None], at[:, None], torch.arange(n, device=self.device), mask[:, None, None])
+        self.logits[:n] = self.head(x[:, 0])
+        tokens.copy_(sample_tokens(self.logits[:n], self.temperature, self.top_p, u[:, 0]))
+        drawn.copy_(torch.cat((drawn[:, 1:], tokens[:, None]), 1))
+        u.copy_(u.roll(-1, 1))
+        at += 1
+
+    def run(self, tokens, at, u):
+        """A step for each number in u (n lists) from tokens (n,) at the positions at (n,) -> the tokens drawn (n lists)."""
+        n, chunk, cuda = len(tokens), len(u[0]), self.device.type == "cuda"
+        slots = min(self.slots, 1 << (n - 1).bit_length()) if cuda else n  # few graphs: the rest feeds position 0, in vain
+        shape = slots, -(-(max(at) + chunk) // 64) * 64
+
+        def load():
+            self.at.zero_()
+            for buffer, values in ((self.tokens, tokens), (self.at, at), (self.u, u)):
+                buffer[:n] = torch.tensor(values, device=self.device)
+
+        load()
+        if cuda and shape not in self.graphs:
+            stream = torch.cuda.Stream()  # once outside a graph: kernels are chosen and loaded
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.step(*shape)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = self.graphs[shape] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.step(*shape)
+            load()
+        for _ in range(chunk):
+            self.graphs[shape].replay() if cuda else self.step(*shape)
+        return self.drawn[:n].tolist()
+
+
+def settle(accept, row, token, logits, temperature, top_p):
+    """(token, the list that takes its place or None): the first draw that `accept` does not refuse; token None where it
+    refuses all. logits: (1, V), of which the refused are struck out: what may be taken is drawn from, exactly."""
+    new, temperature = row.seq[row.start:], temperature or float(row.hot)
+    draw = lambda t: sample_tokens(logits, t, top_p, torch.tensor([row.random.random()], device=logits.device)).item()
+    if row.hot:
+        token = draw(temperature)
+    for refused in range(1, logits.size(1) + 1):
+        keep = accept(row.i, new, token)
+        if keep is not False:
+            return token, keep
+        logits[0, token] = -math.inf
+        token = draw(temperature if refused < 64 else 0)  # then the best that is left
+    return None, None
+
 
 
 def safetensors():
