@@ -543,7 +543,10 @@ def sample_tokens(logits, temperature, top_p, u):
     p = (logits / temperature).softmax(-1)
     order = None
     if top_p < 1:
-        p, order = p.sort(-1, descending=True)
+        k = V = p.size(-1)
+        if p.device.type == "cpu":  # all that are less likely than this hold less than 1 - top_p, so that none is in the nucleus
+            k = int((p >= (1 - top_p) / V).sum(-1).max())
+        p, order = p.topk(k) if k < V else p.sort(-1, descending=True)
         p = p * (p.cumsum(-1) - p < top_p)
     cumulative = p.cumsum(-1)
     u = u.to(logits.device)[:, None] * cumulative[:, -1:]

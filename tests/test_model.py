@@ -117,6 +117,30 @@ def test_a_sample_does_not_depend_on_its_batch(model):
     assert model.generate(prompts[:1], 25, seeds=[1])[0] != model.generate(prompts[:1], 25, seeds=[2])[0]
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_looking_at_the_tokens_once_a_chunk_changes_nothing(model, temperature):
+    """As on CUDA, where 16 steps are taken before the host sees a token: rows end anywhere within a chunk."""
+    prompts = [torch.randint(320, (n,)).tolist() for n in (5, 30, 12, 1, 90, 8, 93)]
+    most = [25, 3, 17, 25, 25, 1, 25]  # the fifth and the last end at block_size
+    seen = {}
+    call = lambda chunk: model.generate(prompts, most, temperature=temperature, top_p=0.9, batch_size=3, chunk=chunk,
+                                        stop_tokens=range(0, 320, 16), stop=lambda new: new[-1] % 16 == 1,
+                                        on_token=lambda i, t: seen.setdefault((chunk, i), []).append(t))
+    one, five = call(1), call(5)
+    assert one == five and all(len(x) <= n for x, n in zip(one, most)) and len(one[4]) <= 6 and len({*map(len, one)}) > 2
+    assert all(seen[1, i] == seen[5, i] == x + [None] for i, x in enumerate(one))
+
+
+def test_samples_of_one_prompt_share_its_cache_and_nothing_else(model, monkeypatch):
+    prompts = [p for p in (torch.randint(320, (n,)).tolist() for n in (20, 33)) for _ in range(5)]
+    most = [9, 15, 4, 11, 15, 7, 15, 9, 12, 15]
+    alone = [model.generate([p], n, seeds=[s])[0] for s, (p, n) in enumerate(zip(prompts, most))]
+    computed, hidden = [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, *args: computed.append(idx.shape) or hidden(self, idx, *args))
+    assert model.generate(prompts, most, batch_size=4) == alone and len(set(map(tuple, alone))) == 10
+    assert sum(rows for rows, length in computed if length > 1) == 2  # of ten prompts two were computed
+
+
 def test_refused_tokens_leave_the_distribution_of_the_rest(model):
     prompt = [5, 6, 7]
     logits = model(torch.tensor([prompt]))[0][0, -1].detach()
