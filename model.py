@@ -157,6 +157,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.packed = None, None, None  # Decoder's: what the weights were, and their copies for decoding on a CPU
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         half = config.n_embd // config.n_head // 2
         freqs = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
@@ -217,9 +218,10 @@ class GPT(nn.Module):
                  accept=None, batch_size=64, on_token=None, chunk=0):
         """Continue every prompt; returns one list of new tokens each, without the stop token that ended it.
 
-        prompts: lists of token ids, none empty, of any lengths. max_new_tokens: of all, or of each. temperature 0 is argmax; else the nucleus of
-        probability `top_p` is sampled from, by one uniform number a token drawn from the row's own seed
-        (`seeds`: ints, default 0, 1, ...), so that a sample does not depend on what shares its batch. A row ends at a
+        prompts: lists of token ids, none empty, of any lengths. max_new_tokens: of all, or a list, of each.
+        temperature 0 is argmax; else the nucleus of probability `top_p` is sampled from, by one uniform number a token
+        drawn from the row's own seed (`seeds`: ints, default 0, 1, ...), so that a sample does not depend on what
+        shares its batch; its last bits do, as matrices of other shapes are added up in another order. A row ends at a
         token of `stop_tokens`, when `stop(new_tokens)` is true, after max_new_tokens, or at block_size; its place
         goes to the next prompt. `on_token(i, token)` is called as prompt i's tokens come, with None at its end.
         `accept(i, new, token)` is asked before `token` joins prompt i's list of new tokens: None takes it; False has
@@ -397,12 +399,15 @@ class Decoder:
         self.logits = zeros(slots, c.vocab_size, dtype=torch.float32)
         self.blocks, self.head = model.blocks, lambda x: F.linear(x, model.head)
         if w.device.type == "cpu" and w.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            with torch.device("meta"):
-                self.blocks = [Block(c) for _ in model.blocks]
-            for new, old in zip(self.blocks, model.blocks):
-                for part, name in (("attn", "qkv"), ("attn", "proj"), ("mlp", "gate_up"), ("mlp", "down")):
-                    setattr(getattr(new, part), name, Packed(getattr(getattr(old, part), name).weight, slots))
-            self.head = Packed(model.head, slots)
+            key = slots > 1 and slots, [(p.data_ptr(), p._version) for p in model.parameters()]
+            if model.packed[0] != key:  # kept for the next call: it takes the time of some tokens
+                with torch.device("meta"):
+                    blocks = [Block(c) for _ in model.blocks]
+                for new, old in zip(blocks, model.blocks):
+                    for part, name in (("attn", "qkv"), ("attn", "proj"), ("mlp", "gate_up"), ("mlp", "down")):
+                        setattr(getattr(new, part), name, Packed(getattr(getattr(old, part), name).weight, slots))
+                model.packed = key, blocks, Packed(model.head, slots)
+            _, self.blocks, self.head = model.packed
 
     def hidden(self, idx, positions, slots, mask=None):
         """The final norm's output (B, T, C) for idx (B, T) at `positions` (B or 1, T), cached into `slots` (B,)."""
