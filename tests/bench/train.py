@@ -109,19 +109,19 @@ def main():
         base = SHAPES[shape_name]
         for batch in map(int, args.batch.split(",")) if cuda else [base[4]]:
             shape = (*base[:4], batch, 1024 if cuda else base[5])
-            runners = {"ours": lambda: Runner(ours(shape, device), shape, device, cuda),
+            runners = {"ours": lambda: Runner(ours(shape, device), shape, device),
                        "transformers": lambda: Runner(theirs(shape, device), shape, device),
-                       "transformers, compiled": lambda: Runner(theirs(shape, device), shape, device, True)}
+                       "transformers, compiled": lambda: Runner(theirs(shape, device), shape, device, True),
+                       "ours, compiled": lambda: Runner(ours(shape, device), shape, device, True)}
             if cuda:
                 from torch.nn.attention import SDPBackend
-                runners |= {"ours, not compiled": lambda: Runner(ours(shape, device), shape, device),
-                            "ours, plain loss": lambda: Runner(ours(shape, device, False), shape, device, True),
+                runners |= {"ours, plain loss": lambda: Runner(ours(shape, device, False), shape, device, True),
                             "ours, flash": lambda: Runner(ours(shape, device), shape, device, True, SDPBackend.FLASH_ATTENTION),
                             "ours, cudnn": lambda: Runner(ours(shape, device), shape, device, True, SDPBackend.CUDNN_ATTENTION)}
             steps = args.steps or (50 if cuda else 20 if shape_name == "demo" else 4)
             # on a CPU both are held and take turns; on a GPU one after another, each with the memory for itself
             if not cuda and not shutil.which("g++"):
-                del runners["transformers, compiled"]
+                del runners["transformers, compiled"], runners["ours, compiled"]
             live = {} if cuda else {k: make() for k, make in runners.items()}
             for _ in range(0 if cuda else steps + 1):
                 for runner in live.values():
