@@ -154,8 +154,9 @@ class Program:
     sees every state without another parse. ValueError or SyntaxError where it cannot be written as edits.
 
     The linter is asked only about what a deletion can have broken. Names are all that ties statements together, so:
-    nothing, where no name that was bound in what fell is left anywhere; the function alone, of a deletion within one; else the module with those functions that hold a word of what fell, the bodies of others hidden.
-    Where there are `global` or `nonlocal`, it is asked about the module each time, and functions with them are shown."""
+    nothing, where no name that was bound in what fell is left anywhere; the function alone, of a deletion within one;
+    else the module with those functions that hold a word of what fell, the bodies of others hidden. Where there are
+    `global` or `nonlocal`, it is asked about the module each time, and functions with them are shown."""
 
     def __init__(self, source):
         if "\r" in source.replace("\r\n", ""):
@@ -457,9 +458,9 @@ def apply_edit(lines, text, report):
     """Apply one edit to a list of lines, in place; count into report["hunks"] and report["malformed"].
 
     A hunk whose header is broken or names a place outside the program, or that is to make a program of MAX_LINES lines
-    still longer, is left out (so that no hunk costs more than moving so many: linear in the text). One whose counts do not fit its
-    lines is applied as it stands: it is the lines that a model means. Both are malformed, and so is a hunk with any
-    line in it that is no insertion (or deletion or context that fits; the format has none, but some models do)."""
+    still longer, is left out (so that no hunk costs more than moving so many: linear in the text). One whose counts do
+    not fit its lines is applied as it stands: it is the lines that a model means. Both are malformed, and so is a hunk
+    with any line in it that is no insertion (or deletion or context that fits; the format has none, some models do)."""
     shift = 0  # how far the hunks before have moved the rest
     for hunk in re.split("^(?=@@)", text + "\n", flags=re.M):
         if not hunk:  # before the first header

@@ -496,7 +496,6 @@ def settle(accept, row, token, logits, temperature, top_p):
     return None, None
 
 
-
 def safetensors():
     try:
         import safetensors.torch

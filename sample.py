@@ -23,7 +23,7 @@ class Settings:
     prompt = ""  # the instruction; empty: standard input, if something is piped in, else a held-out problem's
     benchmark = "data/demo-problems.jsonl"  # JSONL of problems, whose first instruction is the sample prompt
     out = ""  # write the program to this file (with --num_samples=3: file.py, file-1.py, file-2.py)
-    num_samples = 1  # programs to write, with seeds seed, seed + 1, ...
+    num_samples = 1  # programs to write, with seeds seed, seed + 1, ...; at temperature 0 all are one
     max_new_tokens = 512  # at most, a sample
     temperature = 0.0  # 0 takes the likeliest token; the paper samples with 1 and top_p 0.95
     top_p = 0.95  # nucleus
@@ -285,7 +285,7 @@ def main():
     elif not prompt:
         die("no --prompt, nothing on standard input, and no problems in --benchmark to take one from")
     colour = sys.stderr.isatty()
-    for n in range(cfg.num_samples):
+    for n in range(cfg.num_samples if cfg.temperature else 1):
         print(f"# {prompt}", file=sys.stderr)
         shown = 0
 

@@ -375,7 +375,7 @@ def main():
     if cfg.pretrained:
         try:
             model = GPT.from_pretrained(cfg.pretrained).float()
-        except (FileNotFoundError, ValueError) as e:
+        except (OSError, ValueError) as e:
             die(f"pretrained={cfg.pretrained}: {e}")
         cfg.block_size = min(cfg.block_size, model.config.block_size)
     train_rows, val_rows, meta = open_data(cfg)
