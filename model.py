@@ -457,7 +457,8 @@ class Decoder:
         """A step for each number in u (n lists) from tokens (n,) at the positions at (n,) -> the tokens drawn (n lists)."""
         n, chunk, cuda = len(tokens), len(u[0]), self.device.type == "cuda"
         slots = min(self.slots, 1 << (n - 1).bit_length()) if cuda else n  # few graphs: the rest feeds position 0, in vain
-        shape = slots, -(-(max(at) + chunk) // 64) * 64
+        limit = max(at) + chunk
+        shape = slots, -(-limit // 64) * 64 if cuda else limit
 
         def load():
             self.at.zero_()

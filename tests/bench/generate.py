@@ -150,7 +150,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", default="150m")
     parser.add_argument("--batches", default="1,16", help="empty: the load alone")
-    parser.add_argument("--new", type=int, default=0, help="new tokens a prompt; 0: 256 on a GPU, 32 on a CPU")
+    parser.add_argument("--new", type=int, default=0, help="new tokens a prompt; 0: 256 on a GPU, 128 on a CPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--load", type=int, default=-1, help="every so many-th problem; 0: none; -1: all on a GPU, every 8th")
     parser.add_argument("--threads", type=int, default=2)
@@ -173,7 +173,7 @@ def main():
             ours, theirs = both(shape, device, dtype)
             floor = floors(device, dtype, sum(p.numel() * p.element_size() for p in ours.parameters()))
             print(f"{shape}: reading {floor[0] / 1e9:.1f} GB/s, a large product {floor[1] / 1e9:.0f} GFLOP/s")
-            result["rows"] += [fixed(shape, int(b), args.new or (256 if cuda else 32), args.rounds, ours, theirs, device, dtype, floor)
+            result["rows"] += [fixed(shape, int(b), args.new or (256 if cuda else 128), args.rounds, ours, theirs, device, dtype, floor)
                                for b in args.batches.split(",")]
         if share:
             small = shape if cuda else "33m"
