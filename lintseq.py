@@ -18,6 +18,7 @@ with the block that they stand in, or come in with the first edit.
 """
 import ast
 import json
+import keyword
 import os
 import random
 import re
@@ -70,6 +71,8 @@ ERRORS = (  # what cannot be compiled, or would raise when it is run
 #   DoctestSyntaxError             doctests are text
 #   ...Lazy...                     Python 3.15's lazy imports, which no published program has yet
 
+LEAVES = {"ctx", "op", "ops", "id", "attr", "arg", "asname", "module", "level", "kind", "conversion", "type_comment"}  # fields
+
 
 def lint(source):
     """Errors of a program: a list of (line, message), empty if it is clean. SyntaxError or ValueError if it does not
@@ -78,31 +81,47 @@ def lint(source):
 
 
 class Linter(Checker):
-    """pyflakes' Checker without three costs that no error depends on: it takes the builtins over ready-made in place of
-    binding 160 names one by one; where no name can come from `typing` it does not ask of each call whether it is one of
-    typing's; it looks for what is unused only where there is an `__all__` to check. (That a shared Builtin remembers an
-    earlier run's use has no effect: the one question asked of it is whether that use was in the present scope.)"""
-    ready = {}
+    """pyflakes' Checker, faster. It leaves out what no error depends on: what is unused or redefined, and where no name
+    can come from `typing`, whether each call is one of typing's. It takes the builtins over ready-made. (That a shared
+    binding remembers an earlier use has no effect: the one question asked of it is whether that was in the present
+    scope.) And after a first run it can judge parts again."""
+    ready, handlers = {}, {}
 
-    def __init__(self, tree, typing=True):
-        self.typing, self.stacks = typing, {}
-        super().__init__(tree)
+    def __init__(self, tree, typing=True, hidden=()):
+        """hidden: functions whose bodies are not looked into."""
+        self.typing, self.hidden, self.stacks = typing, hidden, {}
+        super().__init__(tree, withDoctest=False)
+        self.module = self.deadScopes[-1]
 
     def errors(self):
         found = [x for x in self.messages if isinstance(x, ERRORS)]
         return [(x.lineno, x.message % x.message_args) for x in sorted(found, key=lambda x: (x.lineno, x.col))]
 
-    def errors_within(self, node):
-        """Errors in the body of a function alone, in the scopes as the run has left them."""
-        self.messages, self.scopeStack = [], self.stacks[node]
-        with self.in_scope(FunctionScope):
-            self.handleChildren(node, omit=("decorator_list", "returns", "type_params"))
+    def again(self, names, statements, functions):
+        """Errors in these statements of the module, without hidden bodies, and in the bodies of these functions, after
+        all that bound one of the names has changed; other names are bound as the last run left them."""
+        self.messages, self.deadScopes, self.scopeStack = [], [], [self.module]
+        self.module._futures_allowed = True  # what is left of those imports was in its place
+        for name in names:
+            self.module.pop(name, None)
+            if name in self.ready:
+                self.module[name] = self.ready[name]
+        for node in statements:
+            self.handleNode(node, self.root)
+        for node in functions:
+            self.scopeStack = self.stacks[node]
+            with self.in_scope(FunctionScope):
+                self.handleChildren(node, omit=("decorator_list", "returns", "type_params"))
         self._run_deferred()
+        self.deadScopes.append(self.module)
+        self.checkDeadScopes()
         return self.errors()
 
     def LAMBDA(self, node):  # functions, too
         self.stacks[node] = self.scopeStack[:]
         super().LAMBDA(node)
+        if node in self.hidden:
+            self._deferred.pop()
 
     @property
     def builtIns(self):  # asked for once, when the module's scope stands
@@ -116,6 +135,33 @@ class Linter(Checker):
     def checkDeadScopes(self):
         if "__all__" in self.deadScopes[-1]:  # the module's
             super().checkDeadScopes()
+
+    def differentForks(self, lnode, rnode):
+        return True  # asked only of what is redefined
+
+    def handleNode(self, node, parent):
+        if parent is self.root:  # whether imports from __future__ may still follow
+            super().handleNode(node, parent)
+        elif node is not None:
+            self._parents[node] = parent
+            kind = node.__class__
+            (self.handlers.get(kind) or self.handler_of(kind))(self, node)
+
+    def handler_of(self, kind):
+        handler = getattr(Linter, kind.__name__.upper(), Checker.handleChildren)
+        self.handlers[kind] = handler = Linter.handleChildren if handler is Checker.handleChildren else handler
+        return handler
+
+    def handleChildren(self, tree, omit=()):
+        for name in tree._fields:
+            if name not in LEAVES and name not in omit:
+                field = getattr(tree, name, None)
+                if field.__class__ is list:
+                    for node in field:
+                        if isinstance(node, ast.AST):
+                            self.handleNode(node, tree)
+                elif isinstance(field, ast.AST):
+                    self.handleNode(field, tree)
 
     def CALL(self, node):
         if self.typing:
@@ -132,31 +178,26 @@ class Unit:
     def __init__(self, parent, nodes, block, keyword="", body=None):
         self.parent, self.alive, self.lines, self.units, self.body = parent, True, [], [], body
         self.nodes, self.block = nodes, block  # the syntax nodes that go when it is deleted, and the list they stand in
-        self.function = parent.function if parent else None  # the outermost function that it stands in
         self.keyword = keyword  # of a clause: "main", "elif", "else", "except", "finally", "case"
         self.clauses = ()  # all clauses of the compound statement, the main one first; shared by them
+        self.top = parent.top if parent else self  # the (main) unit of the module's statement that it is a part of
+        self.function = parent.function if parent else None  # the outermost function that it stands in
 
 
 BINDERS = {"=", ":=", ":", "import", "for", "as", "del"}  # without one of these a statement binds no name
 LEAKS = {"global", "nonlocal"}  # whose names pyflakes binds in the module
+SYNTAX = {"=", ":=", ":", "*", *keyword.kwlist}
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-
-
-class Function:
-    """A function that stands in no other one, the words of its source, and whether a deletion may have broken it."""
-
-    def __init__(self, node, words):
-        self.node, self.words, self.touched = node, words, True
 
 
 class Program:
     """A parsed source whose units can be deleted, from its lines and from its syntax tree at once, so that the linter
     sees every state without another parse. ValueError or SyntaxError where it cannot be written as edits.
 
-    The linter is asked only about what a deletion can have broken. Names are all that ties statements together, so:
-    nothing, where no name that was bound in what fell is left anywhere; the function alone, of a deletion within one;
-    else the module with those functions that hold a word of what fell, the bodies of others hidden. Where there are
-    `global` or `nonlocal`, it is asked about the module each time, and functions with them are shown."""
+    The linter is asked only about what a deletion can have broken. Names are all that ties statements together, so: of a
+    deletion within a function, the function, if a line left in it has a name that was bound in what fell; else the
+    module's statements and the functions with such a line. Where a function can change the module's names, or a `del`
+    takes one back, it is asked about the module anew, without the bodies of functions that have no such line."""
 
     def __init__(self, source):
         if "\r" in source.replace("\r\n", ""):
@@ -171,14 +212,21 @@ class Program:
         self.free = [not (text := line.strip()) or text[0] == "#" for line in self.lines]  # blank lines and comments
         self.unit = [None] * len(self.lines)  # the unit that a line falls with; None: it stays to the end
         self.code = []  # the lines that can be drawn
-        self.functions = []
-        self.words = [set(WORD.findall(unicodedata.normalize("NFKC", line))) for line in self.lines]
-        self.alive = Counter(chain.from_iterable(self.words))  # in how many of the lines that are left a word is
+        self.functions = {}  # outermost functions with a block of their own: node: unit
+        text = source if source.isascii() else unicodedata.normalize("NFKC", source)
+        self.words = [set(WORD.findall(line)) for line in text.split("\n")]
         self.build(self.tree.body, None)
-        self.leaky = not LEAKS.isdisjoint(self.alive)
-        self.clean = self.inside = False  # no error is left; deletions since then were within functions
         if not self.code:
             raise ValueError("no line of code")
+        self.holders = {}  # word: the lines of statements that have it
+        for i, words in enumerate(self.words):
+            if self.unit[i]:
+                for word in words:
+                    self.holders.setdefault(word, []).append(i)
+        self.leaks = {self.unit[i].function for word in LEAKS for i in self.holders.get(word, ())}
+        self.leaky = bool(self.leaks) or any(not self.unit[i].function for i in self.holders.get("del", ()))
+        # what the linter must see: the module anew (else the statements of `tops`, whose `names` changed), the functions
+        self.anew, self.names, self.tops, self.touched = True, set(), set(), set(self.functions.values())
 
     def claim(self, unit, first, last, code=True):
         for i in range(first, last + 1):
@@ -235,17 +283,15 @@ class Program:
             while self.free[at]:
                 at += 1
             unit = Unit(parent, [owner], block, keyword, body)
-            if unit.function is None and isinstance(node, DEFINITIONS[:2]):
-                function = Function(node, set().union(*self.words[start:node.end_lineno]))
-                self.functions.append(function)
-            else:
-                function = unit.function
+            unit.top = units[0].top if units else unit.top
             if body:
                 first, last = first_line(body[0]) - 1, body[-1].end_lineno - 1
                 inline = self.lines[first].encode()[:body[0].col_offset].strip()  # `if x: y` is one unit
                 self.claim(unit, at, last if inline else first - 1)
                 if not inline:
-                    unit.function, outside = function, unit.function
+                    outside = unit.function
+                    if not outside and isinstance(node, DEFINITIONS[:2]):
+                        unit.function = self.functions[node] = unit
                     unit.units = self.build(body, unit)  # the units below stand in the function, its header does not
                     unit.function = outside
                     self.claim(unit, at, last, code=False)
@@ -263,36 +309,37 @@ class Program:
 
     def touch(self, unit, gone):
         """Note what the linter must see again now that the lines `gone` fell with the unit."""
-        names = set()
-        for i in gone:
-            names |= self.words[i]
-            for word in self.words[i]:
-                self.alive[word] -= 1
-        everything = "__future__" in names or {"import", "*"} <= names
-        names = self.bound(unit, names)
-        if self.clean and not everything and not any(self.alive[word] for word in names):
-            return
-        self.clean = False
+        words = set().union(*[self.words[i] for i in gone])
+        # its fall may change the verdict on others, too: an `except` (of a NameError), and within a function what has
+        # scopes of its own that are run at once, for there the linter reports a local used before its assignment only
+        # if no such scope has used it since
+        wide = words & LEAKS or unit.clauses and words & {"except", "case"} or unit.function and words & {"for", "class"}
+        names = words - SYNTAX if wide else self.bound(unit, words)
+        within = unit.function if unit.function not in self.leaks else None  # nothing else can be touched
+        if not within:
+            self.names |= names
+        for name in names:
+            for i in self.holders.get(name, ()):
+                holder = self.unit[i]
+                if holder.alive and (not within or holder.function is within):
+                    self.see(holder)
+        if wide:
+            self.see(unit)
+        if "__future__" in words or {"import", "*"} <= words:
+            self.anew = True
+            self.touched.update(self.functions.values())
+
+    def see(self, unit):
         if unit.function:
-            unit.function.touched = True
-            if not self.leaky:
-                return
-        self.inside = False
-        if not unit.function or LEAKS & unit.function.words:
-            for f in self.functions:
-                f.touched = f.touched or everything or not names.isdisjoint(f.words)
+            self.touched.add(unit.function)
+        else:
+            self.tops.add(unit.top)
 
     def bound(self, unit, words):
-        """The names that a unit has bound, or all its words, where its fall may change the verdict on others too: an
-        `except` (of a NameError), and within a function what has scopes of its own that are run at once, for there the
-        linter reports a local used before its assignment only if no such scope has used it since."""
+        """The names that a unit has bound."""
         node, found = unit.nodes[0], set()
-        if words & LEAKS:
-            return words
         if isinstance(node, DEFINITIONS) and ":=" not in words and not unit.function:
             return {node.name}  # what is bound within stays within
-        if unit.clauses and words & {"except", "case"} or unit.function and words & {"for", "class"}:
-            return words
         if words.isdisjoint(BINDERS):
             return found
         for top in unit.nodes + (unit.body or []):  # an `else` is no longer a part of its statement's node
@@ -307,16 +354,16 @@ class Program:
         return found
 
     def errors(self):
-        """What the linter reports on the present state."""
-        if self.inside:
-            return [e for f in self.functions if f.touched for e in self.linter.errors_within(f.node)]
-        hidden = [(f.node, f.node.body) for f in self.functions if not f.touched and not LEAKS & f.words]
-        for node, _ in hidden:
-            node.body = []
-        self.linter = Linter(self.tree, self.typing)
-        for node, body in hidden:
-            node.body = body
-        return self.linter.errors()
+        """What the linter reports on the parts of the present state that it must see."""
+        names, tops, touched = self.names, self.tops, {f for f in self.touched if f.alive}
+        self.names, self.tops, self.touched = set(), set(), set()
+        if self.anew or self.leaky:
+            self.anew = False
+            self.linter = Linter(self.tree, self.typing, self.functions.keys() - {f.nodes[0] for f in touched | self.leaks if f})
+            self.linter.hidden = self.functions
+            return self.linter.errors()
+        tops = sorted([node for top in tops if top.alive for node in top.nodes], key=lambda node: (node.lineno, node.col_offset))
+        return self.linter.again(names, tops, [f.nodes[0] for f in touched])
 
     def delete(self, unit):
         """Delete a unit, what stands below it and what cannot stand without it; returns the lines that fell."""
@@ -353,16 +400,14 @@ class Program:
     def delete_errors(self):
         """Delete every line where the linter reports an error until it reports none; returns the lines that fell."""
         gone = []
-        while not self.clean and (errors := self.errors()):
-            for line, message in errors:
+        while self.anew or self.tops or self.touched:
+            for line, message in self.errors():
                 unit = self.unit[line - 1]
                 if unit is None:
                     raise ValueError(f"line {line}: {message}, on no statement")
                 if unit.alive:
                     gone += self.delete(unit)
-        self.clean = self.inside = True
-        for f in self.functions:
-            f.touched = False
+                self.see(unit)  # for the linter may report only one of several uses
         return gone
 
 
