@@ -71,7 +71,8 @@ ERRORS = (  # what cannot be compiled, or would raise when it is run
 #   DoctestSyntaxError             doctests are text
 #   ...Lazy...                     Python 3.15's lazy imports, which no published program has yet
 
-LEAVES = {"ctx", "op", "ops", "id", "attr", "arg", "asname", "module", "level", "kind", "conversion", "type_comment"}  # fields
+# fields of a node that hold no node with a name
+LEAVES = {"ctx", "op", "ops", "id", "attr", "arg", "asname", "module", "level", "kind", "conversion", "type_comment"}
 
 
 def lint(source):
@@ -144,13 +145,10 @@ class Linter(Checker):
             super().handleNode(node, parent)
         elif node is not None:
             self._parents[node] = parent
-            kind = node.__class__
-            (self.handlers.get(kind) or self.handler_of(kind))(self, node)
-
-    def handler_of(self, kind):
-        handler = getattr(Linter, kind.__name__.upper(), Checker.handleChildren)
-        self.handlers[kind] = handler = Linter.handleChildren if handler is Checker.handleChildren else handler
-        return handler
+            if (kind := node.__class__) not in self.handlers:
+                handler = getattr(Linter, kind.__name__.upper(), Checker.handleChildren)
+                self.handlers[kind] = Linter.handleChildren if handler is Checker.handleChildren else handler
+            self.handlers[kind](self, node)
 
     def handleChildren(self, tree, omit=()):
         for name in tree._fields:
@@ -196,8 +194,8 @@ class Program:
 
     The linter is asked only about what a deletion can have broken. Names are all that ties statements together, so: of a
     deletion within a function, the function, if a line left in it has a name that was bound in what fell; else the
-    module's statements and the functions with such a line. Where a function can change the module's names, or a `del`
-    takes one back, it is asked about the module anew, without the bodies of functions that have no such line."""
+    module's statements and the functions with such a line. Where a function can change the module's names, a `del`
+    takes one back or a star import hides what is missing, it is asked about the module anew, without the bodies of functions that have no such line."""
 
     def __init__(self, source):
         if "\r" in source.replace("\r\n", ""):
@@ -342,7 +340,8 @@ class Program:
             return {node.name}  # what is bound within stays within
         if words.isdisjoint(BINDERS):
             return found
-        for top in unit.nodes + (unit.body or []):  # an `else` is no longer a part of its statement's node
+        rest = unit.body if unit.keyword in ("else", "finally") else []  # no longer a part of their statement's node
+        for top in unit.nodes + rest:
             for n in ast.walk(top):
                 if isinstance(n, ast.Name):
                     if not isinstance(n.ctx, ast.Load):
@@ -355,15 +354,16 @@ class Program:
 
     def errors(self):
         """What the linter reports on the parts of the present state that it must see."""
-        names, tops, touched = self.names, self.tops, {f for f in self.touched if f.alive}
+        names, touched = self.names, {f for f in self.touched if f.alive}
+        tops = sorted((top for top in self.tops if top.alive), key=lambda top: top.lines[0])
         self.names, self.tops, self.touched = set(), set(), set()
-        if self.anew or self.leaky:
+        if self.anew or self.leaky or self.linter.module.importStarred:
             self.anew = False
-            self.linter = Linter(self.tree, self.typing, self.functions.keys() - {f.nodes[0] for f in touched | self.leaks if f})
+            shown = {f.nodes[0] for f in touched | self.leaks if f}
+            self.linter = Linter(self.tree, self.typing, self.functions.keys() - shown)
             self.linter.hidden = self.functions
             return self.linter.errors()
-        tops = sorted([node for top in tops if top.alive for node in top.nodes], key=lambda node: (node.lineno, node.col_offset))
-        return self.linter.again(names, tops, [f.nodes[0] for f in touched])
+        return self.linter.again(names, [node for top in tops for node in top.nodes], [f.nodes[0] for f in touched])
 
     def delete(self, unit):
         """Delete a unit, what stands below it and what cannot stand without it; returns the lines that fell."""
