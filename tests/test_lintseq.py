@@ -90,6 +90,12 @@ TRICKY = {
     "future": '"""Doc."""\nfrom __future__ import annotations\nimport os\n\ndef f(x: os.PathLike) -> "os":\n    return x\n',
     "globals": "def f():\n    global x\n    x = 1\n\ndef g():\n    return x\n",
     "star": "from os.path import *\n\ndef f():\n    return join('a', 'b')\n",
+    "star in the middle": "import os\nprint(os)\nfrom os.path import *\nprint(join)\n",
+    "del": "import os\nprint(os)\ndel os\nos = 1\nprint(os)\n\ndef f(x):\n    del x\n    return os\n",
+    "typing": "from typing import Optional\nimport os\n\ndef f(x: Optional['C']) -> os.PathLike:\n    y: Optional['C'] = x\n"
+              "    return y\n\nclass C:\n    pass\n",
+    "rebound": "import os\nx = os\nprint(x)\nx = 1\nos = x\n\nclass A:\n    x = x\n    def f(self, print=print): return x, os\n\n"
+               "for print in [x]: print(A)\n",
     "exports": "__all__ = ['f', 'g']\ndef f(): pass\ndef g():\n    pass\n",
     "ligature": "ﬁ = 1\ndef f():\n    return fi\n",
 }
