@@ -481,6 +481,7 @@ def main():
         if RANK == 0:
             save(out / "ckpt.pt", state)
 
+    val = math.nan  # the last evaluation of this process
     norms = []  # of the gradients of the steps since we last looked; the same on all ranks
 
     def look():
