@@ -1,7 +1,7 @@
 """LintSeq: exact on the whole standard library, and its speed against pylintseq 0.0.2.
 
-    python tests/bench/lintseq.py --exact     # every file of the standard library, on all cores, the shortest
-                                              # first: the 1,600 up to 1,300 lines take 6 minutes of two cores, the rest longer
+    python tests/bench/lintseq.py --exact     # every file of the standard library, the shortest first, on all cores:
+                                              # a quarter of an hour on two busy ones
     python tests/bench/lintseq.py             # speed, growth, workers: 5 minutes; makes a virtual environment with
                                               # pylintseq in data/pylintseq on the first run (--python=python3.12)
 
