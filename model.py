@@ -400,7 +400,7 @@ class Decoder:
         self.logits = zeros(slots, c.vocab_size, dtype=torch.float32)
         self.blocks, self.head = model.blocks, lambda x: F.linear(x, model.head)
         if w.device.type == "cpu" and w.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            key = slots > 1 and slots, [(p.data_ptr(), p._version) for p in model.parameters()]
+            key = slots, [(p.data_ptr(), p._version) for p in model.parameters()]
             if model.packed[0] != key:  # kept for the next call: it takes the time of some tokens
                 with torch.device("meta"):
                     blocks = [Block(c) for _ in model.blocks]
