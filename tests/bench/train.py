@@ -3,13 +3,17 @@
     python tests/bench/train.py                          # a CPU: 150M and the demo's size, float32
     python tests/bench/train.py --shapes=150m,400m       # a GPU: bf16, every variant, 50 steps each
 
-A step is what a run does: forward, backward, clipping, AdamW. Ours and the peer's steps take turns, so that whatever
-else the machine does hits both; the peer is at its best: SDPA, fused AdamW, and on a GPU torch.compile, the better of
-with and without (on a CPU too, if it has g++). On a GPU it also measures ours without compile, without the fused loss and with each attention
-backend, and a large matmul as the floor. Prints a table; --out=tests/bench/results/train-<device>.json keeps it.
+A step is what a run does: forward, backward, clipping, AdamW. The peer is at its best: SDPA, fused AdamW, and
+torch.compile (on a CPU, if it has g++), the better of with and without. On a CPU each has a process of its own and they
+take turns, step by step, so that whatever else the machine does hits all of them; ours keeps freed memory as train.py
+does (`keep_memory`), and a row apart shows the peer with the same. On a GPU it also measures ours without compile,
+without the fused loss and with each attention backend. A large matmul is the floor. Prints a table;
+--out=tests/bench/results/train-<device>.json keeps it.
 """
 import argparse
 import json
+import multiprocessing
+import os
 import platform
 import shutil
 import statistics
@@ -25,6 +29,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from model import GPT, GPTConfig  # noqa: E402
+from train import keep_memory  # noqa: E402
 
 SHAPES = {  # layers, heads, width, vocabulary, batch, length (batch and length on a CPU; a GPU takes --batch x 1024)
     "150m": (12, 12, 768, 50304, 4, 512),
@@ -76,6 +81,34 @@ class Runner:
         self.times.append(time.perf_counter() - start)
 
 
+def on_cpu(pipe, what, shape):
+    """A process that makes a step whenever it is asked to, and says how long it took."""
+    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(what.startswith("ours") or "memory" in what))
+    if os.environ["THP_MEM_ALLOC_ENABLE"] == "1":
+        keep_memory()
+    device = torch.device("cpu")
+    runner = Runner((ours if what.startswith("ours") else theirs)(shape, device), shape, device, "compiled" in what)
+    while pipe.recv():
+        runner.step()
+        pipe.send(runner.times[-1])
+
+
+def turns(shape, steps):
+    """{what: seconds a step}, the median after three steps of warm-up."""
+    names = ["ours", "transformers", "transformers, our memory"] + ["ours, compiled", "transformers, compiled"] * bool(shutil.which("g++"))
+    spawn, pipes, times = multiprocessing.get_context("spawn"), {}, {name: [] for name in names}
+    for name in names:
+        pipes[name], other = spawn.Pipe()
+        spawn.Process(target=on_cpu, args=(other, name, shape), daemon=True).start()
+    for _ in range(steps + 3):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            times[name].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(False)
+    return {name: statistics.median(each[3:]) for name, each in times.items()}
+
+
 def floor(device):
     """TFLOP/s of a large matmul in the precision of training."""
     n = 8192 if device.type == "cuda" else 2048
@@ -119,14 +152,8 @@ def main():
                             "ours, flash": lambda: Runner(ours(shape, device), shape, device, True, SDPBackend.FLASH_ATTENTION),
                             "ours, cudnn": lambda: Runner(ours(shape, device), shape, device, True, SDPBackend.CUDNN_ATTENTION)}
             steps = args.steps or (50 if cuda else 20 if shape_name == "demo" else 4)
-            # on a CPU both are held and take turns; on a GPU one after another, each with the memory for itself
-            if not cuda and not shutil.which("g++"):
-                del runners["transformers, compiled"], runners["ours, compiled"]
-            live = {} if cuda else {k: make() for k, make in runners.items()}
-            for _ in range(0 if cuda else steps + 1):
-                for runner in live.values():
-                    runner.step()
-            seconds, memory = {k: statistics.median(r.times[1:]) for k, r in live.items()}, {}
+            # on a CPU all are held and take turns; on a GPU one after another, each with the memory for itself
+            seconds, memory = {} if cuda else turns(shape, steps), {}
             for k, make in runners.items() if cuda else ():
                 try:
                     torch.cuda.reset_peak_memory_stats()
@@ -141,7 +168,7 @@ def main():
                 torch.cuda.empty_cache()
             tokens = shape[4] * shape[5]
             flops = ours((*shape[:5], shape[5]), torch.device("cpu"))[0].flops_per_token(shape[5])
-            best = min(v for k, v in seconds.items() if k.startswith("transformers"))
+            best = min(v for k, v in seconds.items() if k.startswith("transformers") and "memory" not in k)
             for k, s in seconds.items():
                 row = {"shape": shape_name, "batch": shape[4], "length": shape[5], "what": k, "tokens/s": round(tokens / s, 1),
                        "of the matmul": round(tokens / s * flops / peak / 1e12, 3), "ratio": round(best / s, 2)}
