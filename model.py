@@ -43,20 +43,18 @@ class GPTConfig:
 
 
 class Rotate(torch.autograd.Function):
-    """Rotary positions in the rotate-half layout. x: (..., T, D); cos, sin: broadcastable to (..., T, D / 2). Its gradient
-    is the rotation back: written out, it takes a third of the passes over memory that autograd's would."""
+    """Rotary positions in the rotate-half layout. x: (..., T, D); cos, sin: broadcastable to it, the first half of sin
+    negative. Its gradient is the rotation back: written out, it takes a third of autograd's passes over memory."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat(((a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)), dim=-1)
+        return (x * cos).addcmul_(x.roll(x.size(-1) // 2, -1), sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        a, b = grad.chunk(2, dim=-1)
-        return torch.cat(((a * cos).addcmul_(b, sin), (b * cos).addcmul_(a, sin, value=-1)), dim=-1), None, None
+        return (grad * cos).addcmul_(grad.roll(grad.size(-1) // 2, -1), sin, value=-1), None, None
 
 
 class SiluTimes(torch.autograd.Function):
@@ -165,8 +163,8 @@ class GPT(nn.Module):
         half = config.n_embd // config.n_head // 2
         freqs = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
         angles = torch.arange(config.block_size, dtype=torch.float64, device="cpu")[:, None] * freqs  # (T, D / 2)
-        self.register_buffer("cos", angles.cos().float(), persistent=False)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self.register_buffer("cos", angles.cos().float().repeat(1, 2), persistent=False)  # (T, D)
+        self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), 1).float(), persistent=False)
         for name, p in self.named_parameters():  # GPT-2's: the residual stream adds up 2 * n_layer outputs
             scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith(("proj.weight", "down.weight")) else 1.0
             nn.init.normal_(p, std=0.02 * scale)
@@ -413,7 +411,7 @@ class Decoder:
     def hidden(self, idx, positions, slots, mask=None):
         """The final norm's output (B, T, C) for idx (B, T) at `positions` (B or 1, T), cached into `slots` (B,)."""
         at = positions.clamp(max=self.model.config.block_size - 1)  # past it, in vain: a row ended within its chunk
-        rope = self.model.cos[at][:, None], self.model.sin[at][:, None]  # (B or 1, 1, T, D / 2)
+        rope = self.model.cos[at][:, None], self.model.sin[at][:, None]  # (B or 1, 1, T, D)
         return self.model.hidden(idx, rope, mask, [(k, v, slots, positions) for k, v in self.cache], self.blocks)
 
     def prefill(self, there, prompts):
