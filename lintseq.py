@@ -561,6 +561,9 @@ def die(message):
     raise SystemExit(1)
 
 
+METHODS = {"lintseq": lintseq, "randseq": randseq}
+
+
 def rows_of(index, line, cfg):
     """([row of the output], [its edits' numbers of lines], "", or both empty and why) of row `index` of the source."""
     try:
@@ -570,11 +573,11 @@ def rows_of(index, line, cfg):
             return [], [], f"{DIFF} or {END} in the instruction"
     except (ValueError, KeyError, TypeError) as e:
         return [], [], f"no JSON with texts `instruction` and `response`: {type(e).__name__}: {e}"
-    method, paths = {"lintseq": lintseq, "randseq": randseq}[cfg.method], []
+    paths = []
     try:
         for sample in range(cfg.samples):
             for attempt in range(5):  # a repeated sequence is drawn again, a few times: short programs have only a few
-                path = method(response, random.Random(f"{cfg.seed}/{index}/{sample}/{attempt}"))
+                path = METHODS[cfg.method](response, random.Random(f"{cfg.seed}/{index}/{sample}/{attempt}"))
                 if path not in paths:
                     break
             paths.append(path)
@@ -670,8 +673,6 @@ def bulk(cfg):
         die(f"--source={source}: no such file")
     if dest.exists() and source.samefile(dest):
         die(f"--dest={dest} is the source itself")
-    if cfg.method not in ("lintseq", "randseq"):
-        die(f"--method={cfg.method} is neither lintseq nor randseq")
     if cfg.samples < 1 or cfg.workers < 0:
         die("--samples must be 1 or more, --workers 0 (all cores) or more")
     now = {"source": str(source), "bytes": source.stat().st_size, "samples": cfg.samples, "seed": cfg.seed,
@@ -722,7 +723,7 @@ def show(path, cfg):
     """Print one edit sequence of a file, each edit's lines (green on a terminal) within the program so far."""
     try:
         path = Path(path)
-        sequence = (lintseq if cfg.method == "lintseq" else randseq)(path.read_bytes().decode(), random.Random(cfg.seed))
+        sequence = METHODS[cfg.method](path.read_bytes().decode(), random.Random(cfg.seed))
     except (OSError, ValueError, SyntaxError, RecursionError) as e:
         die(f"{path}: {e}")
     colour = sys.stdout.isatty()
@@ -743,6 +744,8 @@ def main():
     cfg = config.load(Settings)
     warnings.simplefilter("ignore", SyntaxWarning)  # what the parser says of others' escape sequences is no news
     warnings.simplefilter("ignore", DeprecationWarning)
+    if cfg.method not in METHODS:
+        die(f"--method={cfg.method} is neither {' nor '.join(METHODS)}")
     if cfg.paths:
         for path in cfg.paths:
             show(path, cfg)

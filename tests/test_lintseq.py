@@ -393,6 +393,7 @@ def test_a_file_is_shown_edit_by_edit(tmp_path):
     status, out, err = run("lintseq.py", "f.py", cwd=tmp_path)
     assert status == 0 and "--- edit 1 of " in out and sum(line.startswith("+ ") for line in out.splitlines()) == \
         len(TRICKY["elif"].split("\n"))
-    for args, message in ((("nothing.py",), "nothing.py"), ((), "name a Python file"), (("--source=x", "--dest=y"), "no such file")):
+    for args, message in ((("nothing.py",), "nothing.py"), (("f.py", "--method=x"), "--method=x"), ((), "name a Python file"),
+                          (("--source=x", "--dest=y"), "no such file")):
         status, out, err = run("lintseq.py", *args, cwd=tmp_path)
         assert status == 1 and message in err and err.count("\n") == 1

@@ -232,6 +232,11 @@ def test_a_published_name_samples_and_is_fetched_once(hub, olmo, neox, tmp_path,
     count = len(hub.requests)
     status, out, err = run("sample.py", f"--init_from={name}", "--prompt=Write a function", "--max_new_tokens=5", "--device=cpu", cwd=".")
     assert status == 0 and "# Write a function" in err, err
+    (tmp_path / "one.jsonl").write_text(json.dumps({"task_id": 0, "entry_point": "f", "instruction": "Write f.", "test": "f()"}))
+    status, out, err = run("evaluate.py", f"--init_from={name}", f"--benchmark={tmp_path / 'one.jsonl'}", "--temperatures=0",
+                           "--max_new_tokens=5", "--device=cpu", cwd=".")
+    assert status == 0 and f"{name}: " in out and "edits, step 0" in out, err
+    assert json.loads(Path("out-eval/one/results.json").read_text())["runs"][0]["samples"] == 1
     assert len(hub.requests) == count
     import sample
     model, enc, info = sample.load(name, "cpu")

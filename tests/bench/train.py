@@ -1,13 +1,15 @@
 """Training throughput of model.py against transformers' OLMo: same shape, batch and precision, in one run.
 
     python tests/bench/train.py                          # a CPU: 150M and the demo's size, float32
+    python tests/bench/train.py --dtype=bfloat16         # the same on a CPU with AVX512-BF16 or AMX
     python tests/bench/train.py --shapes=150m,400m       # a GPU: bf16, every variant, 50 steps each
 
 A step is what a run does: forward, backward, clipping, AdamW. The peer is at its best: SDPA, fused AdamW, and
 torch.compile (on a CPU, if it has g++), the better of with and without. On a CPU each has a process of its own and they
 take turns, step by step, so that whatever else the machine does hits all of them; ours keeps freed memory as train.py
 does (`keep_memory`), and a row apart shows the peer with the same. On a GPU it also measures ours without compile,
-without the fused loss and with each attention backend. A large matmul is the floor. Prints a table;
+without the fused loss and with each attention backend. A large matmul is the floor, and a profile says where the time
+goes by kinds of kernels. Prints a table;
 --out=tests/bench/results/train-<device>.json keeps it.
 """
 import argparse
@@ -20,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -57,8 +60,8 @@ def theirs(shape, device):
 
 
 class Runner:
-    def __init__(self, made, shape, device, compiled=False, backend=None):
-        (self.model, self.loss), self.device, self.times = made, device, []
+    def __init__(self, made, shape, device, dtype, compiled=False, backend=None):
+        (self.model, self.loss), self.device, self.dtype, self.times = made, device, dtype, []
         self.call = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         x = torch.randint(shape[3], (shape[4], shape[5] + 1), device=device)
@@ -69,7 +72,7 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        amp = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        amp = torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
         kernel = torch.nn.attention.sdpa_kernel(self.backend) if self.backend else nullcontext()
         with amp, kernel:
             loss = self.loss(self.call, *self.batch)
@@ -81,38 +84,61 @@ class Runner:
         self.times.append(time.perf_counter() - start)
 
 
-def on_cpu(pipe, what, shape):
+def on_cpu(pipe, what, shape, dtype):
     """A process that makes a step whenever it is asked to, and says how long it took."""
     os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(what.startswith("ours") or "memory" in what))
     if os.environ["THP_MEM_ALLOC_ENABLE"] == "1":
         keep_memory()
     device = torch.device("cpu")
-    runner = Runner((ours if what.startswith("ours") else theirs)(shape, device), shape, device, "compiled" in what)
+    runner = Runner((ours if what.startswith("ours") else theirs)(shape, device), shape, device, dtype, "compiled" in what)
     while pipe.recv():
         runner.step()
         pipe.send(runner.times[-1])
 
 
-def turns(shape, steps):
-    """{what: seconds a step}, the median after three steps of warm-up."""
-    names = ["ours", "transformers", "transformers, our memory"] + ["ours, compiled", "transformers, compiled"] * bool(shutil.which("g++"))
-    spawn, pipes, times = multiprocessing.get_context("spawn"), {}, {name: [] for name in names}
-    for name in names:
-        pipes[name], other = spawn.Pipe()
-        spawn.Process(target=on_cpu, args=(other, name, shape), daemon=True).start()
-    for _ in range(steps + 3):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            times[name].append(pipe.recv())
-    for pipe in pipes.values():
-        pipe.send(False)
-    return {name: statistics.median(each[3:]) for name, each in times.items()}
+def turns(shape, steps, dtype):
+    """{what: seconds a step}, the median after three steps of warm-up. Three at once: each takes some 5 GB at 150M."""
+    spawn, seconds = multiprocessing.get_context("spawn"), {}
+    groups = [["ours", "transformers", "transformers, our memory"]]
+    groups += [["ours, compiled", "transformers, compiled"]] * bool(shutil.which("g++"))
+    for names in groups:
+        pipes, times = {}, {name: [] for name in names}
+        for name in names:
+            pipes[name], other = spawn.Pipe()
+            spawn.Process(target=on_cpu, args=(other, name, shape, dtype), daemon=True).start()
+        for _ in range(steps + 3):
+            for name, pipe in pipes.items():
+                pipe.send(True)
+                times[name].append(pipe.recv())
+        for pipe in pipes.values():
+            pipe.send(False)
+        seconds |= {name: statistics.median(each[3:]) for name, each in times.items()}
+    return seconds
 
 
-def floor(device):
+KINDS = {"attention": ("attention", "flash", "fmha", "sdpa"), "matrix products": ("gemm", "mm", "cutlass", "nvjet", "xmma", "cublas"),
+         "optimizer and clipping": ("adam", "multi_tensor", "lpnorm", "linalg_vector_norm", "foreach"),
+         "compiled passes": ("triton",), "copies and zeros": ("copy", "memcpy", "memset", "cat", "fill", "zero")}
+
+
+def kernels(runner):
+    """{kind: share of the time of a step's kernels}; of operators on a CPU."""
+    cuda = runner.device.type == "cuda"
+    with torch.profiler.profile() as profile:
+        for _ in range(3):
+            runner.step()
+    times = Counter()
+    for e in profile.key_averages():
+        if (e.device_type == torch.autograd.DeviceType.CUDA) == cuda:
+            kind = next((k for k, words in KINDS.items() if any(w in e.key.lower() for w in words)), "other")
+            times[kind] += e.self_device_time_total if cuda else e.self_cpu_time_total
+    return {kind: round(t / times.total(), 3) for kind, t in times.most_common()}
+
+
+def floor(device, dtype):
     """TFLOP/s of a large matmul in the precision of training."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
         start = time.perf_counter()
@@ -126,34 +152,38 @@ def main():
     parser.add_argument("--shapes", default="")
     parser.add_argument("--steps", type=int, default=0, help="timed steps of each; 0: 50 on a GPU, 4 on a CPU (20: demo)")
     parser.add_argument("--batch", default="16,32,64", help="rows of 1,024 tokens on a GPU, each tried")
+    parser.add_argument("--dtype", default="", help="float32 or bfloat16 (autocast); a GPU takes bfloat16, a CPU float32")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
     torch.set_float32_matmul_precision("high")
     name = torch.cuda.get_device_name() if cuda else next(
         (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    peak = floor(device)
+    peak = floor(device, dtype)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {"device": name, "torch": torch.__version__, "commit": commit, "command": "python " + " ".join(sys.argv),
-              "threads": torch.get_num_threads(), "matmul TFLOP/s": round(peak, 3), "rows": []}
-    print(f"{name}, torch {torch.__version__}, a large matmul: {peak:.2f} TFLOP/s")
+              "threads": torch.get_num_threads(), "dtype": str(dtype), "matmul TFLOP/s": round(peak, 3), "rows": []}
+    print(f"{name}, torch {torch.__version__}, {dtype}, a large matmul: {peak:.2f} TFLOP/s")
     for shape_name in (args.shapes or ("150m" if cuda else "demo,150m")).split(","):
         base = SHAPES[shape_name]
         for batch in map(int, args.batch.split(",")) if cuda else [base[4]]:
             shape = (*base[:4], batch, 1024 if cuda else base[5])
-            runners = {"ours": lambda: Runner(ours(shape, device), shape, device),
-                       "transformers": lambda: Runner(theirs(shape, device), shape, device),
-                       "transformers, compiled": lambda: Runner(theirs(shape, device), shape, device, True),
-                       "ours, compiled": lambda: Runner(ours(shape, device), shape, device, True)}
+            runners = {"ours": lambda: Runner(ours(shape, device), shape, device, dtype),
+                       "transformers": lambda: Runner(theirs(shape, device), shape, device, dtype),
+                       "transformers, compiled": lambda: Runner(theirs(shape, device), shape, device, dtype, True),
+                       "ours, compiled": lambda: Runner(ours(shape, device), shape, device, dtype, True)}
             if cuda:
                 from torch.nn.attention import SDPBackend
-                runners |= {"ours, plain loss": lambda: Runner(ours(shape, device, False), shape, device, True),
-                            "ours, flash": lambda: Runner(ours(shape, device), shape, device, True, SDPBackend.FLASH_ATTENTION),
-                            "ours, cudnn": lambda: Runner(ours(shape, device), shape, device, True, SDPBackend.CUDNN_ATTENTION)}
+                runners |= {"ours, plain loss": lambda: Runner(ours(shape, device, False), shape, device, dtype, True),
+                            "ours, flash": lambda: Runner(ours(shape, device), shape, device, dtype, True, SDPBackend.FLASH_ATTENTION),
+                            "ours, cudnn": lambda: Runner(ours(shape, device), shape, device, dtype, True, SDPBackend.CUDNN_ATTENTION)}
             steps = args.steps or (50 if cuda else 20 if shape_name == "demo" else 4)
             # on a CPU all are held and take turns; on a GPU one after another, each with the memory for itself
-            seconds, memory = {} if cuda else turns(shape, steps), {}
+            seconds, memory, shares = {} if cuda else turns(shape, steps, dtype), {}, {}
+            if not cuda:
+                shares["ours"] = kernels(runners["ours"]())
             for k, make in runners.items() if cuda else ():
                 try:
                     torch.cuda.reset_peak_memory_stats()
@@ -161,6 +191,8 @@ def main():
                     for _ in range(steps + 10):
                         runner.step()
                     seconds[k], memory[k] = statistics.median(runner.times[10:]), torch.cuda.max_memory_allocated() / 2 ** 30
+                    if k in ("ours, compiled", "transformers, compiled"):
+                        shares[k] = kernels(runner)
                 except Exception as e:  # out of memory, or a backend that this device lacks
                     print(f"{shape_name:5} {batch:3} x {shape[5]}  {k:24} {type(e).__name__}: {str(e).splitlines()[0][:80]}")
                 runner = None
@@ -174,9 +206,13 @@ def main():
                        "of the matmul": round(tokens / s * flops / peak / 1e12, 3), "ratio": round(best / s, 2)}
                 if k in memory:
                     row |= {"MFU of 989": round(tokens / s * flops / 989e12, 3), "GiB": round(memory[k], 1)}
+                if k in shares:
+                    row["time of kernels"] = shares[k]
                 result["rows"].append(row)
                 print(f"{shape_name:5} {shape[4]:3} x {shape[5]}  {k:24} {tokens / s:12,.0f} tok/s  {row['of the matmul']:6.1%} of the "
                       f"matmul  {row['ratio']:.2f} x transformers" + (f"  {memory[k]:.1f} GiB" if k in memory else ""), flush=True)
+            for k, share in shares.items():
+                print(f"      {k}, time of its kernels: " + ", ".join(f"{kind} {v:.1%}" for kind, v in share.items()), flush=True)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
