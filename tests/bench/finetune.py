@@ -3,7 +3,7 @@
     python tests/bench/finetune.py                           # a CPU: 33M, rows of 512, float32
     python tests/bench/finetune.py --shapes=150m,400m --out=tests/bench/results/finetune-h100.json
 
-The examples are LintSeq's edit sequences of the standard library's functions that have a docstring, in a BPE of 4,096
+The examples are LintSeq's edit sequences of the standard library's functions that have a docstring, in a BPE of 4,000
 entries trained on them: lengths as they fall. Padded as the paper does it, an example a row of block_size tokens, and as
 a careful user would, each batch only to its longest. All do whole steps (forward, backward, clipping, AdamW) of as many
 rows, and take turns. The last column is what 88,900 programs x 5 sequences x 2 epochs take at that rate.
@@ -45,8 +45,8 @@ def examples(folder, count):
         texts.append(lintseq.training_text(pair["instruction"], edits))
         if len(texts) == count:
             break
-    prepare.train_tokenizer(folder / "bench.tiktoken", ["".join(t) for t in texts], 4096)
-    enc = prepare.get_tokenizer(str(folder / "bench.tiktoken"))
+    prepare.train_tokenizer(folder / "bench.tiktoken", ["".join(t) for t in texts], 4000)
+    enc = prepare.get_tokenizer(str(folder / "bench.tiktoken"))  # and its special tokens
     tokens, table = [], []
     for prompt, response in texts:
         prompt, response = (enc.encode(text, allowed_special="all") for text in (prompt, response))
