@@ -57,9 +57,9 @@ def examples(folder, count):
     return len(texts)
 
 
-def padded(rows, numbers, longest):
-    """Examples `numbers`, one a row, padded to block_size or to the longest of them."""
-    T = max(int(rows.length[e]) for e in numbers) if longest else rows.T
+def padded(rows, numbers, multiple):
+    """Examples `numbers`, one a row, padded to the longest of them, rounded up to a multiple (of block_size: to that)."""
+    T = min(rows.T, -(-max(int(rows.length[e]) for e in numbers) // multiple) * multiple)
     x, y = torch.zeros(len(numbers), T, dtype=torch.int64), torch.full((len(numbers), T), -1)
     for k, e in enumerate(numbers):
         b, n, first = rows.begin[e], rows.length[e], rows.response[e] - rows.begin[e] - 1
@@ -93,34 +93,41 @@ def main():
     full = rows.length.sum() / (rows.rows_in(1) * T)
     print(f"{name}, torch {torch.__version__}; {n:,} examples of {rows.length.mean():.0f} tokens, "
           f"{rows.truncated} of them truncated to {T}; packed rows {full:.1%} full, padded {rows.length.mean() / T:.1%}")
+    multiple = 256 if cuda else 1  # a GPU's step is compiled for each length
     order = np.random.default_rng(0).permutation(n).tolist()
     take = lambda k: [order[(k * B + j) % n] for j in range(B)]
     ways = {"packed": lambda k: train.batch_of(rows, [(k * B + j) % rows.rows_in(1) for j in range(B)], cuda),
-            "padded to block_size": lambda k: padded(rows, take(k), False),
-            "padded to the longest": lambda k: padded(rows, take(k), True)}
+            "padded to block_size": lambda k: padded(rows, take(k), T),
+            "padded to the longest": lambda k: padded(rows, take(k), multiple)}
     for shape in (args.shapes or ("150m" if cuda else "33m")).split(","):
         models, times, targets = {}, {w: [] for w in ways}, dict.fromkeys(ways, 0)
+
+        def step(way, tensors):
+            model, call, optimizer = models[way]
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
+                loss = call(*(None if t is None else t.to(device) for t in tensors))[1]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()  # waits for the device
+            return time.perf_counter() - start
+
         for way in ways:
             model = GPT(GPTConfig(T, 4096, *SHAPES[shape])).to(device)
-            call = torch.compile(model, dynamic=way.endswith("longest") or None) if cuda else model
+            call = torch.compile(model, dynamic=False) if cuda else model
             models[way] = model, call, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        for k in range(steps + 3):
+        for length in range(multiple, T + 1, multiple) if cuda else ():
+            step("padded to the longest", [torch.zeros(B, length, dtype=torch.int64)] * 2 + [None])
+        for k in range(steps + 3):  # three of warm-up
             for way, batch in ways.items():
                 tensors, count = batch(k)
-                tensors = [None if t is None else t.to(device) for t in tensors]
-                model, call, optimizer = models[way]
-                if cuda:
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-                    loss = call(*tensors)[1]
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                loss.item()
+                seconds = step(way, tensors)
                 if k >= 3:
-                    times[way].append(time.perf_counter() - start)
+                    times[way].append(seconds)
                     targets[way] += count
         response = int((rows.end - rows.response).sum()) / n  # tokens an example
         speed = {way: targets[way] / sum(times[way]) for way in ways}
