@@ -183,6 +183,7 @@ def main():
             # on a CPU all are held and take turns; on a GPU one after another, each with the memory for itself
             seconds, memory, shares = {} if cuda else turns(shape, steps, dtype), {}, {}
             if not cuda:
+                keep_memory()
                 shares["ours"] = kernels(runners["ours"]())
             for k, make in runners.items() if cuda else ():
                 try:
