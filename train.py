@@ -351,7 +351,7 @@ def main():
     device = torch.device(f"cuda:{local}" if name == "cuda" else name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if device.type == "cpu":
+    elif device.type == "cpu":
         keep_memory()
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo", timeout=timedelta(minutes=10))
