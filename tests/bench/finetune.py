@@ -10,28 +10,23 @@ rows, and take turns. The last column is what 88,900 programs x 5 sequences x 2 
 """
 import argparse
 import json
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT, SHAPES, machine, timed_step
+
 sys.path.insert(0, str(ROOT))
 import lintseq  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-
-SHAPES = {"150m": (12, 12, 768), "400m": (24, 16, 1024), "33m": (6, 6, 384)}  # layers, heads, width
 
 
 def examples(folder, count):
@@ -83,15 +78,13 @@ def main():
     torch.set_float32_matmul_precision("high")
     if not cuda:
         train.keep_memory()
-    name = torch.cuda.get_device_name() if cuda else next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {"device": name, "torch": torch.__version__, "commit": commit, "command": "python " + " ".join(sys.argv), "rows": []}
+    dtype = torch.bfloat16 if cuda else torch.float32
+    result = machine(dtype)
     with tempfile.TemporaryDirectory() as folder:
         n = examples(Path(folder), 20_000 if cuda else 2_000)
         rows = train.ExampleRows([Path(folder)], "train", SimpleNamespace(block_size=T, seed=1))
     full = rows.length.sum() / (rows.rows_in(1) * T)
-    print(f"{name}, torch {torch.__version__}; {n:,} examples of {rows.length.mean():.0f} tokens, "
+    print(f"{result['device']}, torch {torch.__version__}; {n:,} examples of {rows.length.mean():.0f} tokens, "
           f"{rows.truncated} of them truncated to {T}; packed rows {full:.1%} full, padded {rows.length.mean() / T:.1%}")
     multiple = 256 if cuda else 1  # a GPU's step is compiled for each length
     order = np.random.default_rng(0).permutation(n).tolist()
@@ -104,17 +97,8 @@ def main():
 
         def step(way, tensors):
             model, call, optimizer = models[way]
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-                loss = call(*(None if t is None else t.to(device) for t in tensors))[1]
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()  # waits for the device
-            return time.perf_counter() - start
+            tensors = [None if t is None else t.to(device) for t in tensors]
+            return timed_step(lambda: call(*tensors)[1], model, optimizer, device, dtype)
 
         for way in ways:
             model = GPT(GPTConfig(T, 4096, *SHAPES[shape])).to(device)

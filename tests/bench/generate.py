@@ -15,9 +15,7 @@ on HumanEval; both sides are told where to end. On a CPU a model of 33M paramete
 """
 import argparse
 import json
-import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,14 +23,13 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT, SHAPES, machine
+
 sys.path.insert(0, str(ROOT))
 import lintseq  # noqa: E402
 import prepare  # noqa: E402
 import sample  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-
-SHAPES = {"150m": (12, 12, 768), "400m": (24, 16, 1024), "33m": (6, 6, 384)}  # layers, heads, width
 
 
 def seconds(f, device):
@@ -159,14 +156,10 @@ def main():
     torch.set_num_threads(args.threads)
     cuda = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
-    name = torch.cuda.get_device_name() if cuda else next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     import transformers
     transformers.logging.set_verbosity_error()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit,
-              "dtype": str(dtype), "threads": args.threads, "command": "python " + " ".join(sys.argv), "rows": []}
-    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {dtype}, {args.threads} threads")
+    result = machine(dtype) | {"transformers": transformers.__version__}
+    print(f"{result['device']}, torch {torch.__version__}, transformers {transformers.__version__}, {dtype}, {args.threads} threads")
     share = args.load if args.load >= 0 else 1 if cuda else 41
     for shape in args.shapes.split(","):
         if args.batches:

@@ -9,17 +9,14 @@ torch.compile (on a CPU, if it has g++), the better of with and without. On a CP
 take turns, step by step, so that whatever else the machine does hits all of them; ours keeps freed memory as train.py
 does (`keep_memory`), and a row apart shows the peer with the same. On a GPU it also measures ours without compile,
 without the fused loss and with each attention backend. A large matmul is the floor, and a profile says where the time
-goes by kinds of kernels. Prints a table;
---out=tests/bench/results/train-<device>.json keeps it.
+goes by kinds of kernels. Prints a table; --out=tests/bench/results/train-<device>.json keeps it.
 """
 import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -29,7 +26,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT, machine, timed_step
+
 sys.path.insert(0, str(ROOT))
 from model import GPT, GPTConfig  # noqa: E402
 from train import keep_memory  # noqa: E402
@@ -69,36 +67,29 @@ class Runner:
         self.backend = backend
 
     def step(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        amp = torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
         kernel = torch.nn.attention.sdpa_kernel(self.backend) if self.backend else nullcontext()
-        with amp, kernel:
-            loss = self.loss(self.call, *self.batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.value = loss.item()  # waits for the device
-        self.times.append(time.perf_counter() - start)
+        self.times.append(timed_step(lambda: self.loss(self.call, *self.batch), self.model, self.optimizer, self.device,
+                                     self.dtype, kernel))
 
 
 def on_cpu(pipe, what, shape, dtype):
-    """A process that makes a step whenever it is asked to, and says how long it took."""
-    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(what.startswith("ours") or "memory" in what))
-    if os.environ["THP_MEM_ALLOC_ENABLE"] == "1":
+    """A process that makes a step whenever it is asked to and says how long it took; at the end, what it spent it on."""
+    kept = what.startswith("ours") or "memory" in what
+    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(kept))
+    if kept:
         keep_memory()
     device = torch.device("cpu")
     runner = Runner((ours if what.startswith("ours") else theirs)(shape, device), shape, device, dtype, "compiled" in what)
     while pipe.recv():
         runner.step()
         pipe.send(runner.times[-1])
+    pipe.send(kernels(runner))
 
 
 def turns(shape, steps, dtype):
-    """{what: seconds a step}, the median after three steps of warm-up. Three at once: each takes some 5 GB at 150M."""
-    spawn, seconds = multiprocessing.get_context("spawn"), {}
+    """{what: seconds a step}, the median after three steps of warm-up, and {what: its kernels}. Three at once: each takes
+    some 5 GB at 150M."""
+    spawn, seconds, shares = multiprocessing.get_context("spawn"), {}, {}
     groups = [["ours", "transformers", "transformers, our memory"]]
     groups += [["ours, compiled", "transformers, compiled"]] * bool(shutil.which("g++"))
     for names in groups:
@@ -110,10 +101,10 @@ def turns(shape, steps, dtype):
             for name, pipe in pipes.items():
                 pipe.send(True)
                 times[name].append(pipe.recv())
-        for pipe in pipes.values():
+        for name, pipe in pipes.items():
             pipe.send(False)
-        seconds |= {name: statistics.median(each[3:]) for name, each in times.items()}
-    return seconds
+            seconds[name], shares[name] = statistics.median(times[name][3:]), pipe.recv()
+    return seconds, shares
 
 
 KINDS = {"attention": ("attention", "flash", "fmha", "sdpa"), "matrix products": ("gemm", "mm", "cutlass", "nvjet", "xmma", "cublas"),
@@ -133,6 +124,17 @@ def kernels(runner):
             kind = next((k for k, words in KINDS.items() if any(w in e.key.lower() for w in words)), "other")
             times[kind] += e.self_device_time_total if cuda else e.self_cpu_time_total
     return {kind: round(t / times.total(), 3) for kind, t in times.most_common()}
+
+
+def on_gpu(shape, device, dtype):
+    """{what: a function that makes its Runner}."""
+    from torch.nn.attention import SDPBackend
+    runner = lambda made, *how: lambda: Runner(made(), shape, device, dtype, *how)
+    mine, peer, plain = lambda: ours(shape, device), lambda: theirs(shape, device), lambda: ours(shape, device, False)
+    return {"ours": runner(mine), "transformers": runner(peer), "transformers, compiled": runner(peer, True),
+            "ours, compiled": runner(mine, True), "ours, plain loss": runner(plain, True),
+            "ours, flash": runner(mine, True, SDPBackend.FLASH_ATTENTION),
+            "ours, cudnn": runner(mine, True, SDPBackend.CUDNN_ATTENTION)}
 
 
 def floor(device, dtype):
@@ -159,33 +161,17 @@ def main():
     cuda = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
     torch.set_float32_matmul_precision("high")
-    name = torch.cuda.get_device_name() if cuda else next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     peak = floor(device, dtype)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {"device": name, "torch": torch.__version__, "commit": commit, "command": "python " + " ".join(sys.argv),
-              "threads": torch.get_num_threads(), "dtype": str(dtype), "matmul TFLOP/s": round(peak, 3), "rows": []}
-    print(f"{name}, torch {torch.__version__}, {dtype}, a large matmul: {peak:.2f} TFLOP/s")
+    result = machine(dtype) | {"matmul TFLOP/s": round(peak, 3)}
+    print(f"{result['device']}, torch {torch.__version__}, {dtype}, a large matmul: {peak:.2f} TFLOP/s")
     for shape_name in (args.shapes or ("150m" if cuda else "demo,150m")).split(","):
         base = SHAPES[shape_name]
         for batch in map(int, args.batch.split(",")) if cuda else [base[4]]:
             shape = (*base[:4], batch, 1024 if cuda else base[5])
-            runners = {"ours": lambda: Runner(ours(shape, device), shape, device, dtype),
-                       "transformers": lambda: Runner(theirs(shape, device), shape, device, dtype),
-                       "transformers, compiled": lambda: Runner(theirs(shape, device), shape, device, dtype, True),
-                       "ours, compiled": lambda: Runner(ours(shape, device), shape, device, dtype, True)}
-            if cuda:
-                from torch.nn.attention import SDPBackend
-                runners |= {"ours, plain loss": lambda: Runner(ours(shape, device, False), shape, device, dtype, True),
-                            "ours, flash": lambda: Runner(ours(shape, device), shape, device, dtype, True, SDPBackend.FLASH_ATTENTION),
-                            "ours, cudnn": lambda: Runner(ours(shape, device), shape, device, dtype, True, SDPBackend.CUDNN_ATTENTION)}
             steps = args.steps or (50 if cuda else 20 if shape_name == "demo" else 4)
             # on a CPU all are held and take turns; on a GPU one after another, each with the memory for itself
-            seconds, memory, shares = {} if cuda else turns(shape, steps, dtype), {}, {}
-            if not cuda:
-                keep_memory()
-                shares["ours"] = kernels(runners["ours"]())
-            for k, make in runners.items() if cuda else ():
+            (seconds, shares), memory = ({}, {}) if cuda else turns(shape, steps, dtype), {}
+            for k, make in on_gpu(shape, device, dtype).items() if cuda else ():
                 try:
                     torch.cuda.reset_peak_memory_stats()
                     runner = make()
