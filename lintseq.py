@@ -540,7 +540,7 @@ def split_edits(text):
     return [e for piece in pieces if (e := piece[:-1] if piece.endswith("\n") else piece)]
 
 
-def apply_report(text):
+def apply_and_count(text):
     """(program, {"edits", "hunks", "malformed"}) of what a model wrote after its instruction. Never raises."""
     lines, report = [], {"edits": 0, "hunks": 0, "malformed": 0}
     for edit in split_edits(text):
@@ -551,7 +551,7 @@ def apply_report(text):
 
 def apply_edits(text):
     """The program that a model wrote as edits after its instruction. Never raises; what is malformed is left out."""
-    return apply_report(text)[0]
+    return apply_and_count(text)[0]
 
 
 # -- In bulk ----------------------------------------------------------------------------------------------------------

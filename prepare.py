@@ -260,6 +260,39 @@ def tokenizer_json(enc):
                    vocab={write(t): i for t, i in ranks.items()} | enc._special_tokens, merges=merges)), ensure_ascii=False)
 
 
+class Marker(str):
+    """What we put between texts ourselves: the token that the tokenizer has for it. The same characters in a text are
+    text."""
+
+
+def encode_parts(enc, parts):
+    """Token ids of texts and Markers in a row; a Marker that the tokenizer has no token for is text, too."""
+    ids, text = [], ""
+    for part in parts:
+        if isinstance(part, Marker) and part in enc._special_tokens:
+            ids, text = ids + enc.encode_ordinary(text) + [enc._special_tokens[part]], ""
+        else:
+            text += part
+    return ids + enc.encode_ordinary(text)
+
+
+def encode_prompt(enc, form, prompt):
+    """What a model of the form "edits", "programs" or "text" reads before it writes: token ids."""
+    if form == "edits":
+        return encode_parts(enc, (prompt + "\n", Marker(DIFF)))
+    return enc.encode_ordinary(prompt + "\n" * (form == "programs" and not prompt[-1:].isspace()))
+
+
+def encode_example(enc, form, prompt, answer):
+    """(prompt, response) of a training example, token ids: lintseq.training_text where the answer is an edit path, else
+    the program, behind a new line unless one side has white space already."""
+    if form == "edits":
+        parts = [part for edit in answer for part in (edit + "\n", Marker(DIFF))]
+        return encode_prompt(enc, form, prompt), encode_parts(enc, (*parts, "\n", Marker(DIFF), Marker(EOT)))
+    gap = "" if prompt[-1:].isspace() or answer[:1].isspace() else "\n"
+    return enc.encode_ordinary(prompt + gap), encode_parts(enc, (answer, Marker(EOT)))
+
+
 # -- The Hugging Face hub ---------------------------------------------------------------------------------------------
 
 HUB = {  # our name: (dataset, its folder or file)
@@ -1059,11 +1092,9 @@ def examples(cfg):
         try:
             row = json.loads(line)
             if cfg.form == "edits":
-                yield row["source_instruction"], lintseq.training_text(row["source_instruction"], row["edit_path"])
+                yield row["source_instruction"], row["edit_path"]
             else:
-                prompt, program = row["instruction"], row["response"]
-                gap = "" if prompt[-1:].isspace() or program[:1].isspace() else "\n"
-                yield prompt, (prompt + gap, program + EOT)
+                yield row["instruction"], row["response"]
         except (ValueError, KeyError, TypeError) as e:
             die(f"{path}, row {n}: {type(e).__name__}: {e}")
 
@@ -1072,11 +1103,9 @@ def write_examples(folder, enc, cfg):
     """Tokenize instruction data in the form cfg.form into folder/{train,val}.bin and .examples.npy."""
     tokens = {"train": array("H"), "val": array("H")}  # two bytes a token: five edit sequences a pair are 0.4 GB
     starts, skipped = {"train": [], "val": []}, Counter()
-    specials = {EOT, DIFF}
-    for instruction, (prompt, response) in tqdm(examples(cfg), desc="tokenizing", unit="example", mininterval=1):
+    for instruction, answer in tqdm(examples(cfg), desc="tokenizing", unit="example", mininterval=1):
         split = "val" if held_out(instruction, cfg.val_fraction) else "train"
-        head = enc.encode(prompt, allowed_special=specials, disallowed_special=())
-        tail = enc.encode(response, allowed_special=specials, disallowed_special=())
+        head, tail = encode_example(enc, cfg.form, instruction, answer)
         if len(head) + len(tail) > cfg.max_tokens:
             skipped[f"longer than {cfg.max_tokens} tokens"] += 1
             continue

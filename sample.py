@@ -27,8 +27,7 @@ class Settings:
     max_new_tokens = 512  # at most, a sample
     temperature = 0.0  # 0 takes the likeliest token; the paper samples with 1 and top_p 0.95
     top_p = 0.95  # nucleus
-    constrained = True  # edits: every hunk names a place that exists in the program so far and counts its lines right
-    edit_retries = 0  # edits: how often one that leaves linter errors is drawn again
+    edit_retries = 2  # edits: how often one that leaves linter errors is drawn again
     seed = 1337  # of the first sample
     device = "auto"  # cuda if there is one, mps, else cpu
     dtype = "auto"  # bfloat16 on cuda, else float32
@@ -47,7 +46,7 @@ def newest_checkpoint():
         "or name a folder or a Hugging Face model with --init_from")
 
 
-def load(init_from, device="auto", dtype="auto"):
+def load_model(init_from, device="auto", dtype="auto"):
     """(model in evaluation mode on the device, its tokenizer, info: form, step, tokenizer, ...).
 
     init_from: a folder with ckpt.pt (the tokenizer must be the one it was trained with) or a Hugging Face model, whose
@@ -94,23 +93,13 @@ def tokenizer_of(info, init_from):
     return enc
 
 
-def prompt_text(form, prompt):
-    """What the model reads: an instruction in the shape it was finetuned on, or the prompt itself ("text")."""
-    if form == "text":
-        return prompt
-    if form == "edits":
-        return lintseq.training_text(prompt, [])[0]
-    return prompt + ("" if prompt[-1:].isspace() else "\n")
-
-
-def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, seeds, stop=(), constrained=True,
-             edit_retries=0, batch_size=64, on_done=None, on_text=None):
+def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, seeds, stop=(), edit_retries=0, batch_size=64, on_done=None, on_text=None):
     """One raw text a prompt: what the model wrote up to end-of-text, a string of `stop` or max_new_tokens.
 
-    A prompt that leaves no room in block_size is answered with "". on_done(i, raw) is called as prompt i finishes,
+    A prompt that leaves no room in block_size is answered with None. on_done(i, raw) is called as prompt i finishes,
     in any order; on_text(i, text) as its text comes, in pieces of whole characters. Edits are `constrained` and drawn
     again as Guide says."""
-    ids = [enc.encode(prompt_text(form, p), allowed_special={prepare.DIFF}, disallowed_special=()) for p in prompts]
+    ids = [prepare.encode_prompt(enc, form, p) for p in prompts]
     fits = [i for i, x in enumerate(ids) if 0 < len(x) < model.config.block_size]
     tokens, done = [[] for _ in prompts], [None] * len(prompts)
 
@@ -123,7 +112,7 @@ def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, s
         return any(s in tail for s in stop)
 
     def finish(i):
-        done[i] = text_of(tokens[i])
+        done[i] = text_of(tokens[i]) if i in fits else None
         if on_done:
             on_done(i, done[i])
 
@@ -140,7 +129,7 @@ def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, s
 
     for i in set(range(len(prompts))) - set(fits):
         finish(i)
-    guides = [Guide(enc, edit_retries) for _ in fits] if constrained and form == "edits" else None
+    guides = [Guide(enc, edit_retries) for _ in fits] if edit_retries and form == "edits" else None
     model.generate([ids[i] for i in fits], max_new_tokens, temperature=temperature, top_p=top_p,
                    seeds=[seeds[i] for i in fits], stop_tokens=(enc.eot_token,), stop=stopped if stop else None,
                    accept=guides and (lambda j, new, token: guides[j](new, token)), batch_size=batch_size, on_token=on_token)
@@ -263,11 +252,11 @@ def broken(source):
         return True
 
 
-def program(form, prompt, raw):
+def read_program(form, prompt, raw):
     """(the program, a report) of what the model wrote: edits applied, a whole program as it is, or a prompt and its
     continuation. The report counts hunks: edits, hunks, malformed (zero for programs)."""
     if form == "edits":
-        return lintseq.apply_report(raw)
+        return lintseq.apply_and_count(raw)
     return (prompt + raw if form == "text" else raw), {"edits": 0, "hunks": 0, "malformed": 0}
 
 
@@ -276,7 +265,7 @@ def main():
     prompt = cfg.prompt
     if not prompt and not sys.stdin.isatty():
         prompt = sys.stdin.read().rstrip("\n")
-    model, enc, info = load(cfg.init_from or cfg.out_dir or newest_checkpoint(), cfg.device, cfg.dtype)
+    model, enc, info = load_model(cfg.init_from or cfg.out_dir or newest_checkpoint(), cfg.device, cfg.dtype)
     form = info["form"]
     if not prompt and form == "text":
         prompt = "def "
@@ -301,10 +290,11 @@ def main():
             print(piece, end="", file=sys.stderr, flush=True)
 
         raw, = complete(model, enc, form, [prompt], max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                        top_p=cfg.top_p, seeds=[cfg.seed + n], constrained=cfg.constrained,
-                        edit_retries=cfg.edit_retries, on_text=show)
+                        top_p=cfg.top_p, seeds=[cfg.seed + n], edit_retries=cfg.edit_retries, on_text=show)
         print("\033[0m" if colour else "", file=sys.stderr)
-        source, report = program(form, prompt, raw)
+        if raw is None:
+            die(f"the prompt leaves no room in the model's block_size={model.config.block_size}: shorten it")
+        source, report = read_program(form, prompt, raw)
         if report["malformed"]:
             print(f"# {report['malformed']} of {report['hunks']} hunks were malformed and left out", file=sys.stderr)
         if cfg.out:

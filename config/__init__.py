@@ -1,104 +1,286 @@
-"""Settings: a script's defaults <- config/file.py <- --key=value.
+"""What every script shares: settings, ranks, rows of files, workers, and how a script ends.
 
-A script declares its settings once, on top, as a class: the default gives the type, the comment the help.
+Settings are a script's defaults <- config/file.py <- --key=value. A script declares them once, on top:
 
     class Settings:
-        max_iters = 600_000  # optimizer steps
+        max_iters = 600_000                       # optimizer steps
+        decay: ("cosine", "linear") = "cosine"    # of the learning rate
 
     cfg = config.load(Settings)      # python train.py config/150m.py --max_iters=20
+
+The default gives the type, the comment the help; after a colon may stand the words that a text can be, or the
+least (and the most) that a number can be. A number without them is finite and not negative.
 
 A config file is plain assignments and describes one experiment: every script takes from it the keys that it
 knows, so a key that no script knows is a typo and an error. Names that start with `_` are the file's own.
 """
 import ast
 import difflib
+import fcntl
+import gzip
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
 import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# -- Ranks: torchrun's variables, else those that srun gives each task of a step ----------------------
+
+if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a batch script has none of a step
+    node, number = re.match(r"([^\[,]+)\[?(\d*)", os.environ["SLURM_STEP_NODELIST"]).groups()
+    os.environ.update(
+        RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
+        LOCAL_RANK=os.environ["SLURM_LOCALID"],
+        LOCAL_WORLD_SIZE=re.match(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"])[0])
+    os.environ.setdefault("MASTER_ADDR", node + number)  # "gpu[03-04,7]": gpu03 is where they meet
+    os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000))
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+CPUS = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+           // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # that this rank may keep busy
+
+
+def die(message, status=1):
+    """End the script with one line that says what is wrong, where, and how to mend it."""
+    print(f"{Path(sys.argv[0]).name}: {f'rank {RANK}: ' if RANK else ''}{message}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def run(main):
+    """main(), where what a user can cause or mend ends it with one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        die("stopped; the same command goes on from here", 130)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenProcessPool:
+        die("a worker was killed (out of memory?): the same command, with fewer --workers, goes on from here")
+    except OSError as e:  # a full disk, no right to write, no network
+        die(f"{e}; what is written so far is kept")
+
+
+# -- Settings -----------------------------------------------------------------------------------------
 
 def declared(path):
-    """{key: (default's source, comment)} of the `class Settings` in the script at `path`, in its order."""
+    """{key: (annotation or None, default, comment)}, as written in the `class Settings` of the script at `path`."""
     source = path.read_text(encoding="utf-8")
-    found = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Settings"]
-    lines = source.splitlines()
-    return {a.targets[0].id: (ast.unparse(a.value), lines[a.end_lineno - 1][a.end_col_offset:].strip(" #"))
-            for c in found for a in c.body if isinstance(a, ast.Assign)}
+    lines, keys = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        for a in node.body if isinstance(node, ast.ClassDef) and node.name == "Settings" else ():
+            if isinstance(a, (ast.Assign, ast.AnnAssign)):
+                name = a.target if isinstance(a, ast.AnnAssign) else a.targets[0]
+                comment = lines[a.end_lineno - 1].encode()[a.end_col_offset:].decode().strip(" #")
+                keys[name.id] = getattr(a, "annotation", None), ast.unparse(a.value), comment
+    return keys
 
 
-def typed(value, default):
-    """`value` (text of the command line, or a config file's object) in the type of `default`; ValueError if it is not."""
+def convert(value, default, allowed=None):
+    """`value` (text of the command line, or a config file's object) in the type of `default`; ValueError, with what it
+    should be, if it is not, or not among the `allowed` words or between the `allowed` numbers."""
     if isinstance(default, tuple):  # comma-separated on the command line
-        value = [v for v in value.split(",") if v] if isinstance(value, str) else value
-        return tuple(typed(v, default[0] if default else "") for v in value)
-    if isinstance(default, bool):
-        value = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
-    elif isinstance(default, int):  # 1e6 is one, 1.5 is not
-        value = int(float(value)) if float(value).is_integer() else None
-    elif isinstance(default, float):
-        value = float(value)
-    if type(value) is not type(default):
-        raise ValueError
+        values = [v for v in value.split(",") if v] if isinstance(value, str) else value
+        if not isinstance(values, (list, tuple)) or default and not values:
+            raise ValueError(f"is no list like {default!r}")
+        return tuple(convert(v, default[0] if default else "", allowed) for v in values)
+    kind, switch = type(default), {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if kind is str and allowed and "yes" in allowed:  # --compile=True means yes
+        value = {True: "yes", False: "no"}.get(switch.get(str(value).lower()), value)
+    try:
+        if kind is bool:
+            value = switch.get(str(value).lower())
+        elif kind is int and not isinstance(value, bool):  # 1e6 is one, 1.5 is not
+            value = int(value) if re.fullmatch(r"[-+]?[\d_]+", str(value)) else (
+                int(float(value)) if float(value).is_integer() else None)
+        elif kind is float and not isinstance(value, bool):
+            value = float(value)
+        assert type(value) is kind
+    except (ValueError, TypeError, OverflowError, AssertionError):
+        raise ValueError(f"is not of type {kind.__name__} (default {default!r})") from None
+    if kind is str and allowed and value not in allowed:
+        raise ValueError(f"is not {describe(allowed)}")
+    if kind in (int, float):
+        least, most = (*(allowed or (0,)), math.inf)[:2]
+        if not least <= value <= most or math.isinf(value):
+            raise ValueError(f"is not {describe(allowed or (0,))}")
     return value
+
+
+def describe(allowed):
+    """A key's words or range, in words."""
+    if isinstance(allowed[0], str):
+        return " or ".join(allowed)
+    return f"at least {allowed[0]}" + (f" and at most {allowed[1]}" if len(allowed) > 1 else "")
 
 
 def load(settings, argv=None):
     """The settings as a namespace, from `settings`' defaults, the config file and the `--key=value`s in `argv`.
 
     Positional arguments go to `cfg.paths` where the script declares it, except a config/*.py file.
-    Exits with one line and status 2 on an unknown key, a value of the wrong type or a missing file."""
+    Exits with one line and status 2 on an unknown key, a value that does not fit or a missing file."""
     script = Path(sys.modules[settings.__module__].__file__)
     keys = {k: v for k, v in vars(settings).items() if not k.startswith("_")}
     every = {k for p in ROOT.glob("*.py") for k in declared(p)} | set(keys)
-    cfg = SimpleNamespace(**keys)
-
-    def fail(message):
-        print(f"{script.name}: {message}", file=sys.stderr)
-        raise SystemExit(2)
+    cfg, allowed = SimpleNamespace(**keys), settings.__annotations__
 
     def put(key, value, where, known):
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            fail(f"{where}: unknown key {key!r}; " + (f"the nearest is {near[0]!r}" if near else "--help lists the keys"))
+            die(f"{where}: unknown key {key!r}; "
+                + (f"the nearest is {near[0]!r}" if near else "--help lists the keys"), 2)
         if key in keys:
             try:
-                setattr(cfg, key, typed(value, keys[key]))
-            except (ValueError, TypeError):
-                fail(f"{where}: {key}={value!r} is not of type {type(keys[key]).__name__} (default {keys[key]!r})")
+                setattr(cfg, key, convert(value, keys[key], allowed.get(key)))
+            except ValueError as e:
+                die(f"{where}: {key}={value!r} {e}", 2)
 
     overrides, paths = [], []
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ("-h", "--help"):
             print((sys.modules[settings.__module__].__doc__ or "").strip(), "\n\nkeys, as --key=value:")
-            for key, (default, comment) in declared(script).items():
-                print(f"  --{key}={default}".ljust(38), comment)
+            for key, (_, default, comment) in declared(script).items():
+                print(f"  --{key}={default}".ljust(38),
+                      comment + (f" ({describe(allowed[key])})" if key in allowed else ""))
             raise SystemExit(0)
         if arg.startswith("--"):
-            key, _, value = arg[2:].partition("=")
-            bare = isinstance(keys.get(key), bool) and "=" not in arg  # --flag alone is --flag=True
-            if "=" not in arg and not bare and key in keys:
-                fail(f"{arg}: no value; write {arg}={keys[key]!r}")
-            overrides.append((key.replace("-", "_"), "True" if bare else value))
+            key, equals, value = arg[2:].partition("=")
+            key = key.replace("-", "_")
+            bare = isinstance(keys.get(key), bool) or "yes" in allowed.get(key, ())  # --flag is --flag=True
+            if not equals and key in keys and not bare:
+                die(f"{arg}: no value; write {arg}={keys[key]!r}", 2)
+            overrides.append((key, value if equals else "True"))
         elif arg.endswith(".py") and (Path(arg).resolve().parent.name == "config" or "paths" not in keys):
             if not Path(arg).is_file():
                 near = difflib.get_close_matches(arg, [f"config/{p.name}" for p in ROOT.glob("config/[!_]*.py")], 1)
-                fail(f"{arg}: no such config file" + (f"; the nearest is {near[0]}" if near else ""))
+                die(f"{arg}: no such config file" + (f"; the nearest is {near[0]}" if near else ""), 2)
             names = {"__name__": "config"}
             try:
                 exec(compile(Path(arg).read_text(encoding="utf-8"), arg, "exec"), names)
             except Exception as e:
-                fail(f"{arg}: {type(e).__name__}: {e}")
+                die(f"{arg}: {type(e).__name__}: {e}", 2)
             for key, value in names.items():
                 if not key.startswith("_") and not isinstance(value, ModuleType):
                     put(key, value, arg, every)
         elif "paths" in keys:
             paths.append(arg)
         else:
-            fail(f"{arg}: not a config file (config/*.py) nor --key=value")
+            die(f"{arg}: not a config file (config/*.py) nor --key=value", 2)
     for key, value in overrides:
         put(key, value, f"--{key}", keys)
     if paths:
         cfg.paths = tuple(paths)
     return cfg
+
+
+# -- Files --------------------------------------------------------------------------------------------
+
+def write_whole(path, data):
+    """Write bytes to a temporary file beside `path`, flush, rename: a crash leaves the old file or none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{RANK}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def lock_file(path):
+    """Keep others from writing what the file `path` stands for, as long as the returned file is held; die if another
+    process does."""
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        die(f"another run is writing there ({path} is locked): wait for it, or write elsewhere")
+    return file
+
+
+def open_lines(path):
+    """A JSONL file, gzipped or not, as bytes."""
+    return gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
+
+
+def parse_row(line):
+    """The object in one line (bytes) of a JSONL file; ValueError, with the reason, where it is none or holds what UTF-8
+    cannot (half of a surrogate pair)."""
+    try:
+        text = line.decode("utf-8-sig")
+        row = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeError as e:
+        raise ValueError(f"not UTF-8: {e.reason}") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"not JSON: {e}") from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row
+
+
+def read_rows(path):
+    """Yield (number from 1, row or the ValueError that it is) of a .jsonl, .jsonl.gz or .parquet file; blank lines are
+    counted and passed over. A file that cannot be read to its end gives its last ValueError there."""
+    n = 0
+    try:
+        if str(path).endswith(".parquet"):
+            for batch in open_parquet(path).iter_batches():
+                for n, row in enumerate(batch.to_pylist(), n + 1):
+                    yield n, row
+            return
+        with open_lines(path) as f:
+            for n, line in enumerate(f, 1):
+                if line.strip():
+                    try:
+                        row = parse_row(line)
+                    except ValueError as e:
+                        row = e
+                    yield n, row
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as e:  # pyarrow's errors are ValueErrors
+        yield n + 1, ValueError(f"cannot be read: {(str(e).splitlines() or [''])[0]}")
+
+
+def open_parquet(path):
+    """pyarrow's ParquetFile, which reads piece by piece; die without pyarrow."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        die(f"{path} is Parquet: pip install pyarrow")
+    return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16)
+
+
+# -- Workers ------------------------------------------------------------------------------------------
+
+def start_pool(workers=0, prepare=None, *args):
+    """A ProcessPoolExecutor of `workers` processes (0: one a CPU), each of which calls prepare(*args) first, leaves
+    Ctrl-C to its parent, and ends when its parent was killed."""
+    return ProcessPoolExecutor(workers or CPUS, multiprocessing.get_context("spawn"), start_worker,
+                               (os.getpid(), prepare, args))
+
+
+def start_worker(parent, prepare, args):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    if prepare:
+        prepare(*args)

@@ -36,7 +36,7 @@ def stdlib_sources(n, low, high, seed=0):
 
 def check_sequence(source, edits, clean=True):
     """Everything that holds of every edit sequence: exact, insertions only, no empty edit, clean states."""
-    assert lintseq.apply_report(lintseq.training_text("", edits)[1]) == (
+    assert lintseq.apply_and_count(lintseq.training_text("", edits)[1]) == (
         source, {"edits": len(edits), "hunks": sum(e.count("\n@@ -") + 1 for e in edits), "malformed": 0})
     dirty, before, total = bool(lintseq.lint(source)), [], 0
     for n, edit in enumerate(edits):
@@ -245,7 +245,7 @@ def test_our_linter_reports_what_pyflakes_does():
     ("@@ -0,0 +1,2 @@\n+a\n+\n<|diff|>", "a\n", 0), ("@@ -0,0 +1 @@\n+a<|endoftext|>@@ -0,0 +1 @@\n+b", "a", 0)])
 def test_apply_edits(text, program, malformed):
     assert lintseq.apply_edits(text) == program
-    assert lintseq.apply_report(text)[1]["malformed"] == malformed
+    assert lintseq.apply_and_count(text)[1]["malformed"] == malformed
 
 
 PIECES = st.sampled_from(["@@ -0,0 +1 @@", "@@ -1,0 +2,2 @@", "@@ -3 +3 @@", "+a", "-a", " a", "+", "@@", "@@ -99999999999,0 +1 @@",
@@ -255,7 +255,7 @@ PIECES = st.sampled_from(["@@ -0,0 +1 @@", "@@ -1,0 +2,2 @@", "@@ -3 +3 @@", "+a
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.one_of(PIECES, st.text(max_size=4)), max_size=60).map("".join))
 def test_apply_edits_never_raises(text):
-    program, report = lintseq.apply_report(text)
+    program, report = lintseq.apply_and_count(text)
     assert program == lintseq.apply_edits(text) and 0 <= report["malformed"] <= report["hunks"] + report["edits"]
 
 
@@ -277,14 +277,14 @@ def test_mutated_edits_are_applied_as_far_as_they_go(source, seed, data):
         rest = iter(state.split("\n"))
         assert all(line in rest for line in lintseq.apply_edits(text[:whole]).split("\n"))
     at = data.draw(st.integers(0, len(text)))
-    lintseq.apply_report(text[:at] + data.draw(st.text(max_size=5)) + text[at + data.draw(st.integers(0, 9)):])
+    lintseq.apply_and_count(text[:at] + data.draw(st.text(max_size=5)) + text[at + data.draw(st.integers(0, 9)):])
 
 
 def test_a_megabyte_of_noise_is_no_matter():
     rng = random.Random(0)
     noise = "".join(rng.choice(["@@ -1,0 +2 @@\n", "+x\n", "-x\n", DIFF, "y" * 50, "\n"]) for _ in range(120_000))
     assert len(noise) > 10 ** 6
-    program, report = lintseq.apply_report(noise)
+    program, report = lintseq.apply_and_count(noise)
     assert report["malformed"] > 1000
 
 

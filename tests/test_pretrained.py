@@ -239,9 +239,9 @@ def test_a_published_name_samples_and_is_fetched_once(hub, olmo, neox, tmp_path,
     assert json.loads(Path("out-eval/one/results.json").read_text())["runs"][0]["samples"] == 1
     assert len(hub.requests) == count
     import sample
-    model, enc, info = sample.load(name, "cpu")
+    model, enc, info = sample.load_model(name, "cpu")
     assert info["form"] == "edits" and enc.eot_token == 3025
-    assert sample.load(str(source.parent / "data/hub/models" / name), "cpu")[2]["form"] == "edits"
+    assert sample.load_model(str(source.parent / "data/hub/models" / name), "cpu")[2]["form"] == "edits"
     status, out, err = run("sample.py", "--init_from=upiter/nothing", cwd=".")
     assert status == 1 and "404" in err and err.count("\n") == 1
 
@@ -280,6 +280,6 @@ def test_export_is_read_by_transformers(workspace, tmp_path):
     assert "99.9" not in card
     # and back
     import sample
-    again, tokenizer, info = sample.load(str(out), "cpu")
+    again, tokenizer, info = sample.load_model(str(out), "cpu")
     assert torch.equal(logits(again, idx), logits(model, idx)) and info["form"] == "edits"
     assert tokenizer.encode("x<|diff|>", allowed_special="all") == enc.encode("x<|diff|>", allowed_special="all")

@@ -49,7 +49,7 @@ def test_no_allowed_sequence_is_malformed(enc):
                     break
                 tokens = now
             if tokens[-1:] == [enc.eot_token]:
-                report = lintseq.apply_report(enc.decode(tokens[:-1]))[1]
+                report = lintseq.apply_and_count(enc.decode(tokens[:-1]))[1]
                 assert report["malformed"] == 0 and report["hunks"]
                 whole, edits = whole + 1, edits + report["edits"]
                 break

@@ -98,7 +98,7 @@ def load(shape, share, ours, theirs, device):
     encode = lambda text: enc.encode(text, allowed_special="all")
     prompts, texts = [], []
     for row in rows[::share]:
-        question = sample.prompt_text("edits", evaluate.problem(row)["instruction"])
+        question = lintseq.training_text(evaluate.problem(row)["instruction"], [])[0]
         for n in range(10):
             edits = lintseq.lintseq(row["prompt"] + row["canonical_solution"], random.Random(n))
             prompts.append(encode(question)[-500:])

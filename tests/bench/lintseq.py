@@ -67,7 +67,7 @@ def check(job):
         edits = lintseq.lintseq(source, random.Random(str(path.name)))
     except ValueError as e:
         return path, 0, 0, False, str(e).split(":")[0]
-    exact = lintseq.apply_report(lintseq.training_text("", edits)[1])[0] == source
+    exact = lintseq.apply_and_count(lintseq.training_text("", edits)[1])[0] == source
     lines, clean, dirty = [], 1, bool(errors(source))  # the first state is empty
     for n, edit in enumerate(edits, 1):
         before = len(lines)
