@@ -1,9 +1,12 @@
 # `make demo`: the whole way from raw text to a scored program, on this machine, offline; stopped, it goes on.
-# `make test`: the test suite. Both make .venv first. `make PYTHON=python3.12 demo` chooses the interpreter.
+# `make 150m GPUS=4`, `make 400m GPUS=4`: the paper's runs, step by step; stopped, they go on (`make -n` shows the steps).
+# `make test`: the test suite. Each makes .venv first; `make PYTHON=python3.12 demo` chooses the interpreter.
 PYTHON ?= python3
+GPUS ?= 1
 RUN = .venv/bin/python
+RANKS = .venv/bin/torchrun --standalone --nproc_per_node=$(GPUS)
 
-.PHONY: demo test clean-demo
+.PHONY: demo 150m 400m test clean-demo
 
 demo: .venv/ready
 	@$(RUN) -c "import time; print(time.time())" > .venv/demo-start
@@ -18,6 +21,19 @@ demo: .venv/ready
 	$(RUN) sample.py config/demo_edits.py
 	@$(RUN) -c "import time; print(f'make demo: {(time.time() - float(open(\".venv/demo-start\").read())) / 60:.1f} min')"
 
+150m 400m: .venv/ready-real
+	@$(RUN) -m config._preflight $@ $(GPUS)
+	$(RUN) prepare.py config/$@.py
+	$(RANKS) train.py config/$@.py
+	$(RUN) prepare.py config/finetune_$@.py
+	$(RUN) lintseq.py config/finetune_$@.py
+	$(RUN) prepare.py config/finetune_$@.py
+	$(RANKS) train.py config/finetune_$@.py
+	$(RUN) prepare.py config/finetune_$@_programs.py
+	$(RANKS) train.py config/finetune_$@_programs.py
+	$(RANKS) evaluate.py config/finetune_$@.py --init_from=out-$@-edits,out-$@-programs
+	$(RUN) prepare.py --export=out-$@-edits
+
 test: .venv/ready-dev
 	$(RUN) -m pytest -q tests
 
@@ -27,6 +43,10 @@ clean-demo:
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -q -r requirements.txt
+	@touch $@
+
+.venv/ready-real: .venv/ready
+	$(RUN) -m pip install -q pyarrow safetensors huggingface_hub
 	@touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt

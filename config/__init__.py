@@ -1,6 +1,6 @@
 """What every script shares: settings, ranks, rows of files, workers, and how a script ends.
 
-Settings are a script's defaults <- config/file.py <- --key=value. A script declares them once, on top:
+Settings are a script's defaults <- config/file.py <- --key=value. A script declares them on top:
 
     class Settings:
         max_iters = 600_000                       # optimizer steps
@@ -8,11 +8,12 @@ Settings are a script's defaults <- config/file.py <- --key=value. A script decl
 
     cfg = config.load(Settings)      # python train.py config/150m.py --max_iters=20
 
-The default gives the type, the comment the help; after a colon may stand the words that a text can be, or the
-least (and the most) that a number can be. A number without them is finite and not negative.
+The default gives the type, the comment the help; after a colon may stand the words that a text can
+be, or the least (and the most) that a number can be. A number without them is at least 0.
 
-A config file is plain assignments and describes one experiment: every script takes from it the keys that it
-knows, so a key that no script knows is a typo and an error. Names that start with `_` are the file's own.
+A config file is plain assignments and describes one experiment: every script takes from it the
+keys that it knows, so a key that no script knows is a typo and an error. Names that start with `_`
+are the file's own.
 """
 import ast
 import difflib
@@ -23,6 +24,7 @@ import math
 import multiprocessing
 import os
 import re
+import runpy
 import signal
 import sys
 import threading
@@ -35,25 +37,26 @@ from types import ModuleType, SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# -- Ranks: torchrun's variables, else those that srun gives each task of a step ----------------------
+# -- Ranks: torchrun's variables, else those that srun gives each task of a step -------------------
 
-if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a batch script has none of a step
+if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a batch script has none
     node, number = re.match(r"([^\[,]+)\[?(\d*)", os.environ["SLURM_STEP_NODELIST"]).groups()
-    os.environ.update(
-        RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
-        LOCAL_RANK=os.environ["SLURM_LOCALID"],
-        LOCAL_WORLD_SIZE=re.match(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"])[0])
-    os.environ.setdefault("MASTER_ADDR", node + number)  # "gpu[03-04,7]": gpu03 is where they meet
+    per_node = re.match(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"])[0]
+    os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
+                      LOCAL_RANK=os.environ["SLURM_LOCALID"], LOCAL_WORLD_SIZE=per_node)
+    os.environ.setdefault("MASTER_ADDR", node + number)  # of "gpu[03-04,7]" gpu03: they meet there
     os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000))
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-CPUS = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-           // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # that this rank may keep busy
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CPUS = max(1, _cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # that this rank may keep busy
 
 
 def die(message, status=1):
     """End the script with one line that says what is wrong, where, and how to mend it."""
-    print(f"{Path(sys.argv[0]).name}: {f'rank {RANK}: ' if RANK else ''}{message}", file=sys.stderr, flush=True)
+    who = Path(sys.argv[0]).name + (f": rank {RANK}" if RANK else "")
+    print(f"{who}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
@@ -66,15 +69,15 @@ def run(main):
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BrokenProcessPool:
-        die("a worker was killed (out of memory?): the same command, with fewer --workers, goes on from here")
+        die("a worker was killed (out of memory?): the same command goes on, best with fewer --workers")
     except OSError as e:  # a full disk, no right to write, no network
         die(f"{e}; what is written so far is kept")
 
 
-# -- Settings -----------------------------------------------------------------------------------------
+# -- Settings --------------------------------------------------------------------------------------
 
 def declared(path):
-    """{key: (annotation or None, default, comment)}, as written in the `class Settings` of the script at `path`."""
+    """{key: (default, comment)}, as written in the `class Settings` of the script at `path`."""
     source = path.read_text(encoding="utf-8")
     lines, keys = source.splitlines(), {}
     for node in ast.parse(source).body:
@@ -82,39 +85,8 @@ def declared(path):
             if isinstance(a, (ast.Assign, ast.AnnAssign)):
                 name = a.target if isinstance(a, ast.AnnAssign) else a.targets[0]
                 comment = lines[a.end_lineno - 1].encode()[a.end_col_offset:].decode().strip(" #")
-                keys[name.id] = getattr(a, "annotation", None), ast.unparse(a.value), comment
+                keys[name.id] = ast.unparse(a.value), comment
     return keys
-
-
-def convert(value, default, allowed=None):
-    """`value` (text of the command line, or a config file's object) in the type of `default`; ValueError, with what it
-    should be, if it is not, or not among the `allowed` words or between the `allowed` numbers."""
-    if isinstance(default, tuple):  # comma-separated on the command line
-        values = [v for v in value.split(",") if v] if isinstance(value, str) else value
-        if not isinstance(values, (list, tuple)) or default and not values:
-            raise ValueError(f"is no list like {default!r}")
-        return tuple(convert(v, default[0] if default else "", allowed) for v in values)
-    kind, switch = type(default), {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if kind is str and allowed and "yes" in allowed:  # --compile=True means yes
-        value = {True: "yes", False: "no"}.get(switch.get(str(value).lower()), value)
-    try:
-        if kind is bool:
-            value = switch.get(str(value).lower())
-        elif kind is int and not isinstance(value, bool):  # 1e6 is one, 1.5 is not
-            value = int(value) if re.fullmatch(r"[-+]?[\d_]+", str(value)) else (
-                int(float(value)) if float(value).is_integer() else None)
-        elif kind is float and not isinstance(value, bool):
-            value = float(value)
-        assert type(value) is kind
-    except (ValueError, TypeError, OverflowError, AssertionError):
-        raise ValueError(f"is not of type {kind.__name__} (default {default!r})") from None
-    if kind is str and allowed and value not in allowed:
-        raise ValueError(f"is not {describe(allowed)}")
-    if kind in (int, float):
-        least, most = (*(allowed or (0,)), math.inf)[:2]
-        if not least <= value <= most or math.isinf(value):
-            raise ValueError(f"is not {describe(allowed or (0,))}")
-    return value
 
 
 def describe(allowed):
@@ -124,12 +96,47 @@ def describe(allowed):
     return f"at least {allowed[0]}" + (f" and at most {allowed[1]}" if len(allowed) > 1 else "")
 
 
+SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def convert(value, default, allowed=None):
+    """`value` (text of the command line, or a config file's object) in the type of `default`.
+    ValueError, with what it should be, where it does not fit that or what is `allowed`."""
+    if isinstance(default, tuple):  # comma-separated on the command line
+        values = [v for v in value.split(",") if v] if isinstance(value, str) else value
+        if not isinstance(values, (list, tuple)) or default and not values:
+            raise ValueError(f"is no list like {default!r}")
+        return tuple(convert(v, default[0] if default else "", allowed) for v in values)
+    kind = type(default)
+    if kind is str and allowed and "yes" in allowed:  # --compile=True means yes
+        value = {True: "yes", False: "no"}.get(SWITCH.get(str(value).lower()), value)
+    try:
+        if kind is bool:
+            value = SWITCH.get(str(value).lower())
+        elif kind is int and not isinstance(value, bool):  # 1e6 is one, 1.5 is not
+            number = int(value) if re.fullmatch(r"[-+]?\d+", str(value)) else float(value)
+            value = int(number) if number == int(number) else None
+        elif kind is float and not isinstance(value, bool):
+            value = float(value)
+    except (ValueError, TypeError, OverflowError):
+        value = None
+    if type(value) is not kind:
+        raise ValueError(f"is not of type {kind.__name__} (default {default!r})")
+    if kind is str and allowed and value not in allowed:
+        raise ValueError(f"is not {describe(allowed)}")
+    if kind in (int, float):
+        least, most = (*(allowed or (0,)), math.inf)[:2]
+        if not least <= value <= most or math.isinf(value):
+            raise ValueError(f"is not {describe(allowed or (0,))}")
+    return value
+
+
 def load(settings, argv=None):
-    """The settings as a namespace, from `settings`' defaults, the config file and the `--key=value`s in `argv`.
+    """The settings as a namespace: `settings`' defaults, then the config file, then --key=value.
 
     Positional arguments go to `cfg.paths` where the script declares it, except a config/*.py file.
-    Exits with one line and status 2 on an unknown key, a value that does not fit or a missing file."""
-    script = Path(sys.modules[settings.__module__].__file__)
+    Exits with one line and status 2 on an unknown key, a value that does not fit, a missing file."""
+    module = sys.modules[settings.__module__]
     keys = {k: v for k, v in vars(settings).items() if not k.startswith("_")}
     every = {k for p in ROOT.glob("*.py") for k in declared(p)} | set(keys)
     cfg, allowed = SimpleNamespace(**keys), settings.__annotations__
@@ -148,28 +155,21 @@ def load(settings, argv=None):
     overrides, paths = [], []
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ("-h", "--help"):
-            print((sys.modules[settings.__module__].__doc__ or "").strip(), "\n\nkeys, as --key=value:")
-            for key, (_, default, comment) in declared(script).items():
-                print(f"  --{key}={default}".ljust(38),
-                      comment + (f" ({describe(allowed[key])})" if key in allowed else ""))
+            print((module.__doc__ or "").strip(), "\n\nkeys, as --key=value:")
+            for key, (default, comment) in declared(Path(module.__file__)).items():
+                limits = f" ({describe(allowed[key])})" if key in allowed else ""
+                print(f"  --{key}={default}".ljust(38), comment + limits)
             raise SystemExit(0)
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
             key = key.replace("-", "_")
-            bare = isinstance(keys.get(key), bool) or "yes" in allowed.get(key, ())  # --flag is --flag=True
-            if not equals and key in keys and not bare:
+            switch = isinstance(keys.get(key), bool) or "yes" in allowed.get(key, ())
+            if key in keys and not equals and not switch:
                 die(f"{arg}: no value; write {arg}={keys[key]!r}", 2)
-            overrides.append((key, value if equals else "True"))
-        elif arg.endswith(".py") and (Path(arg).resolve().parent.name == "config" or "paths" not in keys):
-            if not Path(arg).is_file():
-                near = difflib.get_close_matches(arg, [f"config/{p.name}" for p in ROOT.glob("config/[!_]*.py")], 1)
-                die(f"{arg}: no such config file" + (f"; the nearest is {near[0]}" if near else ""), 2)
-            names = {"__name__": "config"}
-            try:
-                exec(compile(Path(arg).read_text(encoding="utf-8"), arg, "exec"), names)
-            except Exception as e:
-                die(f"{arg}: {type(e).__name__}: {e}", 2)
-            for key, value in names.items():
+            overrides.append((key, value if equals else "True"))  # --flag is --flag=True
+        elif arg.endswith(".py") and (
+                Path(arg).resolve().parent.name == "config" or "paths" not in keys):
+            for key, value in read_config_file(arg).items():
                 if not key.startswith("_") and not isinstance(value, ModuleType):
                     put(key, value, arg, every)
         elif "paths" in keys:
@@ -183,10 +183,22 @@ def load(settings, argv=None):
     return cfg
 
 
-# -- Files --------------------------------------------------------------------------------------------
+def read_config_file(path):
+    """{name: value} of a config file's assignments."""
+    if not Path(path).is_file():
+        files = [f"config/{p.name}" for p in ROOT.glob("config/[!_]*.py")]
+        near = difflib.get_close_matches(path, files, 1)
+        die(f"{path}: no such config file" + (f"; the nearest is {near[0]}" if near else ""), 2)
+    try:
+        return runpy.run_path(path, run_name="config_file")
+    except Exception as e:
+        die(f"{path}: {type(e).__name__}: {e}", 2)
+
+
+# -- Files -----------------------------------------------------------------------------------------
 
 def write_whole(path, data):
-    """Write bytes to a temporary file beside `path`, flush, rename: a crash leaves the old file or none."""
+    """Write bytes to a temporary file, flush, rename: a crash leaves the old file or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f"{path.name}.{RANK}.{os.getpid()}.tmp")
@@ -201,8 +213,8 @@ def write_whole(path, data):
 
 
 def lock_file(path):
-    """Keep others from writing what the file `path` stands for, as long as the returned file is held; die if another
-    process does."""
+    """Keep other runs from writing what `path` stands for, as long as the returned file is held;
+    die if another does."""
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,8 +229,8 @@ def open_lines(path):
 
 
 def parse_row(line):
-    """The object in one line (bytes) of a JSONL file; ValueError, with the reason, where it is none or holds what UTF-8
-    cannot (half of a surrogate pair)."""
+    """The object in one line (bytes) of a JSONL file; ValueError, with the reason, where it is none
+    or holds what UTF-8 cannot (half of a surrogate pair)."""
     try:
         text = line.decode("utf-8-sig")
         row = json.loads(text)
@@ -234,8 +246,8 @@ def parse_row(line):
 
 
 def read_rows(path):
-    """Yield (number from 1, row or the ValueError that it is) of a .jsonl, .jsonl.gz or .parquet file; blank lines are
-    counted and passed over. A file that cannot be read to its end gives its last ValueError there."""
+    """Yield (number from 1, row, or the ValueError that it is) of a .jsonl, .jsonl.gz or .parquet
+    file. Blank lines count, but are passed over; a file that breaks off ends with a ValueError."""
     n = 0
     try:
         if str(path).endswith(".parquet"):
@@ -251,7 +263,7 @@ def read_rows(path):
                     except ValueError as e:
                         row = e
                     yield n, row
-    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as e:  # pyarrow's errors are ValueErrors
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as e:  # pyarrow's are ValueErrors
         yield n + 1, ValueError(f"cannot be read: {(str(e).splitlines() or [''])[0]}")
 
 
@@ -264,11 +276,11 @@ def open_parquet(path):
     return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16)
 
 
-# -- Workers ------------------------------------------------------------------------------------------
+# -- Workers ---------------------------------------------------------------------------------------
 
 def start_pool(workers=0, prepare=None, *args):
-    """A ProcessPoolExecutor of `workers` processes (0: one a CPU), each of which calls prepare(*args) first, leaves
-    Ctrl-C to its parent, and ends when its parent was killed."""
+    """A ProcessPoolExecutor of `workers` processes (0: one a CPU). Each calls prepare(*args) first,
+    leaves Ctrl-C to its parent, and ends when its parent was killed."""
     return ProcessPoolExecutor(workers or CPUS, multiprocessing.get_context("spawn"), start_worker,
                                (os.getpid(), prepare, args))
 

@@ -1,4 +1,9 @@
 """Settings from a file and the command line, through the scripts that users type."""
+import gzip
+import os
+import subprocess
+import sys
+
 import pytest
 from conftest import ROOT, run
 
@@ -12,7 +17,8 @@ def test_defaults_file_then_command_line(tmp_path):
     mine.write_text("_rows = 2 ** 5\nbatch_size = _rows * 4\nlearning_rate = 1\nnum_samples = 3\n")
     cfg = config.load(Settings, [str(mine), "--learning_rate=2e-3", "--max_iters=1e3", "--plot"])
     assert (cfg.batch_size, cfg.learning_rate, cfg.max_iters, cfg.plot, cfg.grad_clip) == (128, 2e-3, 1000, True, 1.0)
-    assert type(cfg.learning_rate) is float and not hasattr(cfg, "num_samples")  # num_samples is another script's
+    assert type(cfg.learning_rate) is float
+    assert not hasattr(cfg, "num_samples")  # another script's
 
 
 @pytest.mark.parametrize("args, message", [
@@ -21,6 +27,12 @@ def test_defaults_file_then_command_line(tmp_path):
     (["--max_iters=1.5"], "is not of type int"),
     (["--max_iters"], "no value; write --max_iters=0"),
     (["--plot=maybe"], "is not of type bool"),
+    (["--decay=LINEAR"], "decay='LINEAR' is not cosine or linear"),
+    (["--compile=maybe"], "is not auto or yes or no"),
+    (["--seed=-1"], "seed='-1' is not at least 0"),
+    (["--learning_rate=nan"], "is not at least 0"),
+    (["--batch_size=0"], "is not at least 1"),
+    (["--beta1=1.5"], "is not at least 0 and at most 1"),
     (["config/dem.py"], "no such config file; the nearest is config/demo.py"),
     (["config/mine.txt"], "a config file lives in a folder named config/"),
 ])
@@ -47,6 +59,89 @@ def test_help_lists_every_key_with_its_comment(script, tmp_path):
     for key in keys:
         line = next(line for line in out.splitlines() if line.startswith(f"  --{key}="))
         assert len(line.split(None, 1)[1]) > 3, f"{key} has no comment"
+
+
+class Settings:
+    decay: ("cosine", "linear") = "cosine"
+    compile: ("auto", "yes", "no") = "auto"
+    top_p: (0, 1) = 0.95
+    ks: (1,) = (1, 10)
+    corpora = ()
+
+
+@pytest.mark.parametrize("args, key, value", [
+    (["--compile=True"], "compile", "yes"), (["--compile"], "compile", "yes"), (["--compile=0"], "compile", "no"),
+    (["--decay=linear"], "decay", "linear"), (["--top_p=0"], "top_p", 0.0), (["--top_p=1"], "top_p", 1.0),
+    (["--ks=1,5,1e2"], "ks", (1, 5, 100)),
+    (["--corpora=a,b"], "corpora", ("a", "b")), (["--corpora="], "corpora", ())])
+def test_choices_and_ranges_take_what_fits(args, key, value):
+    assert getattr(config.load(Settings, args), key) == value
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--ks=1,0"], "at least 1"), (["--ks="], "no list"), (["--top_p=1.01"], "at most 1"),
+    (["--top_p=inf"], "at most 1"),
+    (["--decay"], "no value"), (["--decay="], "cosine or linear")])
+def test_choices_and_ranges_refuse_what_does_not(args, message, capsys):
+    with pytest.raises(SystemExit):
+        config.load(Settings, args)
+    assert message in capsys.readouterr().err
+
+
+SLURM = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "1"}
+STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[03-04,7]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+
+
+@pytest.mark.parametrize("env, expected", [
+    ({}, "0 1 0 None"),
+    (SLURM, "0 1 0 None"),  # a batch script's one process sees the job's tasks and is none of them
+    (SLURM | STEP, "2 4 1 gpu03"),
+    (SLURM | STEP | {"SLURM_STEP_NODELIST": "login-1"}, "2 4 1 login-1"),
+    (SLURM | STEP | {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, "1 8 1 None"),  # srun starts torchrun
+])
+def test_ranks_are_torchruns_or_those_of_a_step_of_srun(env, expected):
+    code = "import config, os; print(config.RANK, config.WORLD, config.LOCAL_RANK, os.environ.get('MASTER_ADDR'))"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RANK", "WORLD", "LOCAL", "MASTER"))}
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean | env, capture_output=True, text=True)
+    assert out.stdout.split() == expected.split(), out.stderr
+
+
+def test_rows_of_a_file_are_read_the_same_everywhere(tmp_path):
+    lines = [b'\xef\xbb\xbf{"a": "\xc3\xa9"}', b"", b"  ", b'{"a": "\\ud800"}', b'{"a": "\xed\xa0\x80"}', b'{"a": ',
+             b"[1]", b'{"a": "\\ud83d\\ude00"}', b"[" * 100_000]
+    expected = [(1, "\u00e9"), (4, "surrogate"), (5, "not UTF-8"), (6, "not JSON"), (7, "not a JSON object"),
+                (8, "\U0001f600"), (9, "not JSON")]
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    plain.write_bytes(b"\n".join(lines))
+    packed.write_bytes(gzip.compress(b"\n".join(lines)))
+    for path in (plain, packed):
+        rows = list(config.read_rows(path))
+        assert [n for n, _ in rows] == [n for n, _ in expected]
+        for (_, row), (_, text) in zip(rows, expected):
+            assert row["a"] == text if isinstance(row, dict) else text in str(row)
+    packed.write_bytes(packed.read_bytes()[:-20])  # a download that was cut
+    assert "cannot be read" in str(list(config.read_rows(packed))[-1][1])
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file"
+    config.write_whole(path, b"one")
+    limited = "import resource, config; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));" \
+              "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);" \
+              f"config.write_whole({str(path)!r}, b'two' * 9999)"
+    failed = subprocess.run([sys.executable, "-c", limited], cwd=ROOT, capture_output=True, text=True)
+    assert "File too large" in failed.stderr
+    assert path.read_bytes() == b"one" and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_second_run_is_kept_from_a_locked_file(tmp_path):
+    held = config.lock_file(tmp_path / "lock")
+    code = f"import config; config.lock_file({str(tmp_path / 'lock')!r}); print('locked')"
+    try_it = lambda: subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    second = try_it()
+    assert second.returncode == 1 and "another run is writing there" in second.stderr and not second.stdout
+    held.close()
+    assert try_it().stdout == "locked\n"
 
 
 def test_every_config_file_loads_in_every_script():
