@@ -1,6 +1,7 @@
-# `make demo`: the whole way from raw text to a scored program, on this machine, offline; stopped, it goes on.
-# `make 150m GPUS=4`, `make 400m GPUS=4`: the paper's runs, step by step; stopped, they go on (`make -n` shows the steps).
-# `make test`: the test suite. Each makes .venv first; `make PYTHON=python3.12 demo` chooses the interpreter.
+# make demo               the whole way from raw text to a scored program, on this machine, offline
+# make 150m GPUS=4        the paper's run, step by step; or make 400m (make -n 150m shows the steps)
+# make test               the test suite
+# Stopped, each goes on. Each makes .venv first; PYTHON=python3.12 chooses the interpreter.
 PYTHON ?= python3
 GPUS ?= 1
 RUN = .venv/bin/python

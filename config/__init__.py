@@ -50,7 +50,7 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 _cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-CPUS = max(1, _cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # that this rank may keep busy
+CPUS = max(1, _cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # for this rank alone
 
 
 def die(message, status=1):
@@ -69,7 +69,7 @@ def run(main):
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BrokenProcessPool:
-        die("a worker was killed (out of memory?): the same command goes on, best with fewer --workers")
+        die("a worker was killed (out of memory?): the same command goes on, with fewer --workers")
     except OSError as e:  # a full disk, no right to write, no network
         die(f"{e}; what is written so far is kept")
 

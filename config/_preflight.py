@@ -27,11 +27,14 @@ def main():
           f"  each step goes on where it stopped; `make -n {name} GPUS={gpus}` shows them\n"
           f"  disk: about {DISK / 1e9:.0f} GB under data/ ({there / 1e9:.1f} GB there, "
           f"{free / 1e9:.0f} GB free)\n"
-          f"  time: about {hours:.0f} hours of pretraining at the paper's {SPEED[name]:,} tokens/s a GPU;\n"
+          f"  time: about {hours:.0f} hours of pretraining at the paper's {SPEED[name]:,} tokens/s "
+          "a GPU;\n"
           "        tokenizing is about 4 core-hours, finetuning a few hours")
     if settings.batch_size % gpus:
-        config.die(f"GPUS={gpus} does not divide the batch of {settings.batch_size} rows: take a number that does")
-    missing = [p for p in ("pyarrow", "safetensors", "huggingface_hub") if not importlib.util.find_spec(p)]
+        config.die(f"GPUS={gpus} does not divide the batch of {settings.batch_size} rows: take a "
+                   "number that does")
+    packages = ("pyarrow", "safetensors", "huggingface_hub")
+    missing = [p for p in packages if not importlib.util.find_spec(p)]
     if missing:
         config.die(f"missing: pip install {' '.join(missing)}")
     import torch

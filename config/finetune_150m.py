@@ -1,5 +1,5 @@
-"""TinyCodeLM-150M finetuned on LintSeq's edit sequences, from out-150m: prepare.py, lintseq.py, prepare.py, train.py,
-evaluate.py, each with this file (see README)."""
+"""TinyCodeLM-150M finetuned on LintSeq's edit sequences, from out-150m: prepare.py, lintseq.py,
+prepare.py, train.py, evaluate.py, each with this file (`make 150m` does it all)."""
 instruct = ("magicoder", "starcoder2")  # 88,900 Python pairs in the paper
 source = "data/instruct.jsonl"
 dest = "data/edits.jsonl"
@@ -13,8 +13,9 @@ pretrained = "out-150m"
 out_dir = "out-150m-edits"
 block_size = 1024
 
-# The paper: 512 padded sequences a step, 88,900 pairs * 5 * 2 epochs / 512 = 1,736 steps. Here sequences are packed,
-# about two to a row of 1024 tokens (train.py prints how many), so 256 rows hold as many, and `epochs` counts the steps.
+# The paper: 512 padded sequences a step, 88,900 pairs * 5 * 2 epochs / 512 = 1,736 steps. Here they
+# are packed, about two to a row of 1024 tokens (train.py prints how many), so 256 rows hold as many,
+# and `epochs` counts the steps.
 batch_size = 256
 micro_batch = 32
 epochs = 2

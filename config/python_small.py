@@ -1,4 +1,4 @@
-"""Optimizers compared at a size for two CPU cores: 1.3M parameters on the Python of this machine (README).
+"""Optimizers compared at a size for two CPU cores: 1.3M parameters on this machine's Python (README).
 
     python prepare.py config/python_small.py
     python train.py config/python_small.py
@@ -7,7 +7,7 @@
 """
 import sysconfig as _sysconfig
 dataset = "python"
-corpora = ("stdlib", _sysconfig.get_paths()["purelib"])  # the standard library and what pip has installed
+corpora = ("stdlib", _sysconfig.get_paths()["purelib"])  # and what pip has installed
 tokenizer = "data/python.tiktoken"
 bpe_size = 2046
 val_fraction = 0.005
