@@ -42,8 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a batch script has none
     node, number = re.match(r"([^\[,]+)\[?(\d*)", os.environ["SLURM_STEP_NODELIST"]).groups()
     per_node = re.match(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"])[0]
-    os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
-                      LOCAL_RANK=os.environ["SLURM_LOCALID"], LOCAL_WORLD_SIZE=per_node)
+    os.environ.update(
+        RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
+        LOCAL_RANK=os.environ["SLURM_LOCALID"], LOCAL_WORLD_SIZE=per_node)
     os.environ.setdefault("MASTER_ADDR", node + number)  # of "gpu[03-04,7]" gpu03: they meet there
     os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000))
 RANK = int(os.environ.get("RANK", 0))
@@ -135,7 +136,7 @@ def load(settings, argv=None):
     """The settings as a namespace: `settings`' defaults, then the config file, then --key=value.
 
     Positional arguments go to `cfg.paths` where the script declares it, except a config/*.py file.
-    Exits with one line and status 2 on an unknown key, a value that does not fit, a missing file."""
+    Exits with one line and status 2 on an unknown key, a value that does not fit, no such file."""
     module = sys.modules[settings.__module__]
     keys = {k: v for k, v in vars(settings).items() if not k.startswith("_")}
     every = {k for p in ROOT.glob("*.py") for k in declared(p)} | set(keys)

@@ -23,7 +23,7 @@ def main():
     there = sum(f.stat().st_size for f in Path("data").rglob("*") if f.is_file())
     free = shutil.disk_usage("data" if Path("data").exists() else ".").free
     hours = TOKENS / (gpus * SPEED[name]) / 3600
-    print(f"make {name} GPUS={gpus}: prepare, pretrain, write edits, finetune twice, evaluate, export\n"
+    print(f"make {name} GPUS={gpus}: prepare, pretrain, edits, finetune twice, evaluate, export\n"
           f"  each step goes on where it stopped; `make -n {name} GPUS={gpus}` shows them\n"
           f"  disk: about {DISK / 1e9:.0f} GB under data/ ({there / 1e9:.1f} GB there, "
           f"{free / 1e9:.0f} GB free)\n"

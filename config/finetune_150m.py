@@ -14,8 +14,8 @@ out_dir = "out-150m-edits"
 block_size = 1024
 
 # The paper: 512 padded sequences a step, 88,900 pairs * 5 * 2 epochs / 512 = 1,736 steps. Here they
-# are packed, about two to a row of 1024 tokens (train.py prints how many), so 256 rows hold as many,
-# and `epochs` counts the steps.
+# are packed, about two to a row of 1024 tokens (train.py prints how many), so 256 rows hold as
+# many, and `epochs` counts the steps.
 batch_size = 256
 micro_batch = 32
 epochs = 2

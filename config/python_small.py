@@ -1,4 +1,4 @@
-"""Optimizers compared at a size for two CPU cores: 1.3M parameters on this machine's Python (README).
+"""Optimizers compared at a size for two CPU cores: 1.3M parameters on this machine's Python.
 
     python prepare.py config/python_small.py
     python train.py config/python_small.py
