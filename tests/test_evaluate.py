@@ -42,11 +42,13 @@ import json, os, time
 class Encoding:
     def encode(self, text, **_): return text.split()
 class Model:
+    config = os.environ.get("FAKE_WEIGHTS")
+    def state_dict(self): return {}
     def num_params(self): return 1000
     def flops_per_token(self, length): return 6 * 1000 + length
-def load(name, device="auto", dtype="auto"):
-    return Model(), Encoding(), {"form": "text" if "pretrained" in name else "edits", "step": 7}
-def prompt_text(form, prompt): return prompt
+def load_model(name, device="auto", dtype="auto"):
+    form = "text" if "pretrained" in name else "edits"
+    return Model(), Encoding(), {"form": form, "step": 7, "fingerprint": "1"}
 def complete(model, enc, form, prompts, *, seeds, on_done=None, **settings):
     out = []
     for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
@@ -58,7 +60,7 @@ def complete(model, enc, form, prompts, *, seeds, on_done=None, **settings):
         out.append(raw)
         on_done(i, raw)
     return out
-def program(form, prompt, raw):
+def read_program(form, prompt, raw):
     return (prompt if form == "text" else "") + raw, {"edits": 3, "hunks": 4, "malformed": 1}
 '''
 OWN = [{"task_id": f"own/{n}", "instruction": f"Write f to add {n} to x.", "entry_point": "f",
@@ -70,6 +72,7 @@ OWN = [{"task_id": f"own/{n}", "instruction": f"Write f to add {n} to x.", "entr
 def fake(tmp_path):
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake/sample.py").write_text(FAKE)
+    (tmp_path / "fake/prepare.py").write_text("def encode_prompt(enc, form, prompt): return prompt.split()")
     write_jsonl(tmp_path / "own.jsonl", OWN)
 
     def start(*args, log="log", **env):
@@ -168,10 +171,21 @@ def test_own_problems(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda row: row.pop("test"), "problem 2 (own/1): KeyError: 'test'"),
-    (lambda row: row.pop("entry_point"), "problem 2 (own/1): KeyError: 'entry_point'"),
-    (lambda row: row.pop("instruction"), "problem 2 (own/1): KeyError: 'prompt'"),
-    (lambda row: row.pop("task_id"), "row 2: not a JSON object with a task_id"),
+    (lambda row: row.pop("test"), "row 2: KeyError: 'test'"),
+    (lambda row: row.pop("entry_point"), "row 2: KeyError: 'entry_point'"),
+    (lambda row: row.pop("instruction"), "row 2: ValueError: entry_point is no name, or neither"),
+    (lambda row: row.pop("task_id"), "row 2: TypeError: task_id is None"),
+    (lambda row: row.update(task_id=["own/1"]), "row 2: TypeError: task_id is ['own/1']"),
+    (lambda row: row.update(task_id="own/0"), "2 problems have the task_id own/0"),
+    (lambda row: row.update(entry_point="f(x)"), "row 2: ValueError: entry_point is no name"),
+    (lambda row: row.update(entry_point=5), "row 2: TypeError: entry_point is 5"),
+    (lambda row: row.update(test=5), "row 2: TypeError: test is 5"),
+    (lambda row: row.update(test="assert f(1) = 2"), "row 2: SyntaxError"),
+    (lambda row: row.update(instruction=["Write f."]), "row 2: TypeError: instruction is ['Write f.']"),
+    (lambda row: row.update(instruction=None, prompt=7), "row 2: TypeError: prompt is 7"),
+    (lambda row: row.update(instruction=None, prompt="def f(x:"), "row 2: SyntaxError"),
+    (lambda row: row.update(prompt="Add.", test_list=["assert g(1)"], code="def f(x): pass"),
+     "row 2: StopIteration"),
 ])
 def test_a_bad_problem_is_one_line(tmp_path, capsys, change, message):
     bad = [dict(row) for row in OWN[:3]]
@@ -189,10 +203,10 @@ def command(*args, cwd=ROOT):
 @pytest.mark.parametrize("args, message", [
     ([], "--init_from"),
     (["--init_from=nowhere", "--benchmark=humanevil"], "--benchmark=humanevil: no such file"),
-    (["--completions=nowhere.jsonl"], "nowhere.jsonl: [Errno 2] No such file"),
+    (["--completions=nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
     (["--temperature=1"], "the nearest is 'temperatures'"),
     (["--completions={folder}/wrong.jsonl"], "task_id 'HumanEval/999' is no problem of humaneval"),
-    (["--completions={folder}/empty.jsonl"], "no completions in it"),
+    (["--completions={folder}/empty.jsonl"], "empty.jsonl: nothing in it"),
 ])
 def test_a_users_mistake_is_one_line(tmp_path, args, message):
     write_jsonl(tmp_path / "wrong.jsonl", [{"task_id": "HumanEval/999", "completion": ""}])
@@ -255,7 +269,7 @@ def test_models_are_scored_by_the_protocols(fake, tmp_path):
     log = rows(tmp_path / "log")
     assert len(log) == 2 * 12 * (1 + 6)
     assert {json.dumps([x["form"], x["stop"]]) for x in log} == {
-        json.dumps(["text", ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]]), json.dumps(["edits", []])}
+        json.dumps(["text", evaluate.STOPS_AFTER_DOCSTRING]), json.dumps(["edits", []])}
     assert {(x["temperature"], x["top_p"], x["max_new_tokens"]) for x in log} == {(0.0, 0.95, 512), (1.0, 0.95, 512)}
     assert {x["prompt"] for x in log if x["form"] == "edits"} == {p["instruction"] for p in OWN}
     assert len({x["seed"] for x in log}) == 12 * 6  # one a problem and index, the same for every model
@@ -292,25 +306,24 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(fake, tmp_path):
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    part, = (tmp_path / "cut").glob("part-*")
-    with open(part, "a") as f:
+    with open(tmp_path / "cut/journal-0.jsonl", "a") as f:
         f.write('{"task_id": "own/3", "ind')  # as if the kill had come in the middle of a line
     finished(fake(*args, "--results=cut"))
-    strip = lambda path: [{k: v for k, v in r.items() if k != "run"} for r in rows(path)]
-    assert strip(tmp_path / "cut/samples.jsonl") == strip(tmp_path / "whole/samples.jsonl")
-    assert len(rows(tmp_path / "log")) <= 60 + 2  # at most the sample in the making was drawn again after each kill
-    assert not list((tmp_path / "cut").glob("part-*"))
-    before = len(rows(tmp_path / "log"))
+    assert rows(tmp_path / "cut/samples.jsonl") == rows(tmp_path / "whole/samples.jsonl")
+    drawn = lambda: len(rows(tmp_path / "log"))
+    assert drawn() <= 60 + 2  # at most the sample in the making was drawn again after each kill
+    before = drawn()
     out = finished(fake(*args, "--results=cut"))  # all there: nothing is drawn or run again
-    assert len(rows(tmp_path / "log")) == before and "0 samples (60 were there)" in out and "ran " not in out
+    assert drawn() == before and "drew 0 samples of 60" in out and "ran " not in out
     finished(fake(*args[:-1], "--num_samples=6", "--results=cut"))  # one more sample a problem
-    assert len(rows(tmp_path / "log")) == before + 12
-    finished(fake(*args, "--seed=2", "--results=cut"))  # other settings: the old samples are kept beside the new
-    kept, = (tmp_path / "cut").glob("samples-*.jsonl")
-    assert len(rows(kept)) == 72 and len(rows(tmp_path / "cut/samples.jsonl")) == 60
-    before = len(rows(tmp_path / "log"))  # another limit: the same samples are judged again
-    out = finished(fake(*args, "--seed=2", "--timeout=5", "--results=cut"))
-    assert "ran 60 programs" in out and len(rows(tmp_path / "log")) == before
+    assert drawn() == before + 12 and len(rows(tmp_path / "cut/samples.jsonl")) == 72
+    finished(fake(*args, "--seed=2", "--results=cut"))  # other settings
+    assert drawn() == before + 72 and len(rows(tmp_path / "cut/samples.jsonl")) == 60
+    out = finished(fake(*args, "--seed=2", "--timeout=5", "--results=cut"))  # judged again under another limit
+    assert drawn() == before + 72 and "ran 60 programs" in out
+    finished(fake(*args, "--results=cut"))  # the samples of the first settings are still there
+    assert drawn() == before + 72
+    assert rows(tmp_path / "cut/samples.jsonl") == rows(tmp_path / "whole/samples.jsonl")
 
 
 def test_a_foreign_file_in_the_results_folder_is_kept(fake, tmp_path):
@@ -318,7 +331,7 @@ def test_a_foreign_file_in_the_results_folder_is_kept(fake, tmp_path):
     (tmp_path / "r/samples.jsonl").write_text("something else\n")
     finished(fake("--out_dir=tuned", "--temperatures=0", "--results=r"))
     assert len(rows(tmp_path / "r/samples.jsonl")) == 12
-    assert (tmp_path / "r/samples-None.jsonl").read_text() == "something else\n"
+    assert (tmp_path / "r/samples-before.jsonl").read_text() == "something else\n"
 
 
 def test_two_ranks_write_what_one_writes(fake, tmp_path):
