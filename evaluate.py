@@ -453,10 +453,10 @@ class Result(NamedTuple):
 def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     """Run `source`, then `tests` in the same namespace, in the sandbox; a Result.
 
-    source, tests: Python text. timeout: seconds of CPU of the program's process; by the clock it
-    has three times that, so that a busy machine does not change verdicts. memory_mb: MiB of
-    address space a process. Safe to call from several threads. RuntimeError where the kernel gives
-    no namespaces and `unsafe` is false.
+    source, tests: Python text. timeout: seconds of CPU of the program's process and of those that
+    it waited for; by the clock it has three times that, so that a busy machine does not change
+    verdicts. memory_mb: MiB of address space a process. Safe to call from several threads.
+    RuntimeError where the kernel gives no namespaces and `unsafe` is false.
 
     status: "passed" (source and tests ran to their end), "failed" (an assertion), "error" (any
     other exception), "timeout", "memory" (MemoryError), "exited" (left before the end: sys.exit,
@@ -466,10 +466,9 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     Covered, on Linux with namespaces:
     - a fresh process a program, forked from a small interpreter that never imported torch or
       numpy, in its own session and in a PID namespace of its own, which ends with the call: no
-      process outlives it. The namespace's first process is one that only waits, because the kernel
-      spares the first one its own signals. The program sees that one alone; it has no more rights
-      than the program, no open file and no part in the verdict, and whatever ends it ends the
-      program;
+      process outlives it. Beside it is the namespace's first process, which only waits, so that
+      the program's own signals end the program. No signal of the program reaches that one, and it
+      cannot be traced, read, or robbed of its open files (see make_place);
     - limits: CPU and wall-clock time, address space, 64 processes and threads, 256 open files, 64
       MiB a file and on disk (with shared memory) in all; no core dumps; first in line for the
       out-of-memory killer;
@@ -482,8 +481,10 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
       gain them; run as root, it gives up root for `nobody`;
     - the verdict: "passed" needs an answer made from a secret that enters the process only after
       the tests have ended. Leaving early, atexit hooks, patched builtins (`tests` see the old
-      ones), printed text do not make one. With `unsafe` on other systems only the limits, the
-      session, the temporary directory and the verdict hold.
+      ones), printed text do not make one.
+
+    With `unsafe` where there are no namespaces only the limits, the session, the temporary
+    directory and the verdict hold (and on Linux, that no process outlives the call).
 
     Not covered: holes of the kernel itself (no seccomp filter); memory in all (the limit is one
     process's); reading the world-readable files under the interpreter's prefix. And what runs in
@@ -536,8 +537,8 @@ def start_server(unsafe=False, isolated=True):
     # `__builtins__`: a copy for the server's functions and for the tests; a program may patch the
     # module's
     code = f"import builtins\n__builtins__ = dict(vars(builtins))\n#{section}\nserve()"
-    server = subprocess.Popen(
-        [sys.executable, "-s", "-S", "-X", "utf8", "-c", code,
+    server = subprocess.Popen(  # a virtual environment's own interpreter lies out of programs' reach
+        [sys._base_executable, "-s", "-S", "-X", "utf8", "-c", code,
          json.dumps([packages, visible, isolated])], cwd="/",
         env={"PYTHONHASHSEED": "0"},  # set order decides some verdicts: the same everywhere
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
@@ -663,8 +664,8 @@ def isolate(visible):
 
 
 def make_place(folder, home):
-    """An empty folder, and PID and IPC namespaces, for the next fork; the id of the namespace's
-    first process.
+    """PID and IPC namespaces for the next fork, and an empty folder -> (the folder, the id of the
+    namespace's first process).
 
     The kernel spares a namespace's first process its own signals, so that must not be the program.
     It waits in pause() for the end, and when it is killed all others are. To be cheap it is no
