@@ -537,7 +537,7 @@ def start_server(unsafe=False, isolated=True):
     # `__builtins__`: a copy for the server's functions and for the tests; a program may patch the
     # module's
     code = f"import builtins\n__builtins__ = dict(vars(builtins))\n#{section}\nserve()"
-    server = subprocess.Popen(  # a virtual environment's own interpreter lies out of programs' reach
+    server = subprocess.Popen(  # programs may not see a virtual environment's own interpreter
         [sys._base_executable, "-s", "-S", "-X", "utf8", "-c", code,
          json.dumps([packages, visible, isolated])], cwd="/",
         env={"PYTHONHASHSEED": "0"},  # set order decides some verdicts: the same everywhere

