@@ -236,8 +236,8 @@ def digest(*what):
 
 
 def hash_weights(model):
-    """What was really read: each parameter's name, type, device and bytes. Half a second for
-    150M."""
+    """A digest of what was really read: each parameter's name, type, kind of device and bytes, and
+    the shape of the model. Half a second for 150M."""
     import torch
     total = hashlib.sha256(str(model.config).encode())
     for name, x in model.state_dict().items():
@@ -351,7 +351,7 @@ def build_program(form, p, row):
         raw = (re.split("|".join(STOPS), raw)[0] if prefix else
                cut_after_function(raw, p["entry_point"]))
     if form in (None, "text"):
-        return raw, prefix + raw, p["text"] + raw, {}
+        return raw, prefix + raw, prefix + raw, {}
     import sample
     source, counts = sample.read_program(form, p["instruction"], raw)
     if not prefix:
