@@ -560,8 +560,8 @@ def start_server(unsafe=False, isolated=True):
 # imports what it needs and what programs import most. What a child costs is mostly the memory pages
 # that it writes to, if only to count a reference: so what can be made ready before the fork is.
 
-import builtins, ctypes, gc, json, os, resource, select, shutil, signal, socket  # noqa: E401, E402
-import sys, tempfile, time, types  # noqa: E401, E402
+import builtins, codecs, ctypes, gc, json, os, resource, select, shutil  # noqa: E401, E402
+import signal, socket, sys, tempfile, time, types  # noqa: E401, E402
 import bisect, collections, copy, functools, heapq, itertools, math  # noqa: E401, E402, F401
 import operator, re, string, typing  # noqa: E401, E402, F401
 
@@ -622,13 +622,13 @@ def build_root(visible):
 
 def make_read_only():
     """Every mount that there is. A bind keeps its flags, some of which the kernel locks."""
-    with open("self/mountinfo") as f:
-        points = [line.split()[4].encode().decode("unicode_escape") for line in f]
+    with open("self/mountinfo", "rb") as f:
+        points = [codecs.escape_decode(line.split()[4])[0] for line in f]  # a space is \040
     for point in points:
         have = os.statvfs(point).f_flag
         flags = have & 0xC0F | (have & 4096) << 9  # statvfs and mount differ on relatime alone
-        flags |= REMOUNT | BIND | READ_ONLY | NOSUID | (0 if point.startswith("/dev/") else NODEV)
-        call_c("mount", None, point.encode(), None, flags, None)
+        flags |= REMOUNT | BIND | READ_ONLY | NOSUID | (0 if point.startswith(b"/dev/") else NODEV)
+        call_c("mount", None, point, None, flags, None)
 
 
 def isolate(visible):

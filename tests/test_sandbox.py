@@ -93,34 +93,34 @@ while True:
     "sys.exit(0) in f": ("exited", "import sys\nf = lambda x: sys.exit(0)"),
     "SystemExit": ("exited", "raise SystemExit"),
     "SystemExit in f": ("exited", "def f(x): raise SystemExit(0)"),
-    "exec of another "
-    "program": ("exited", "import os; os.execv('/bin/sh', ['sh', '-c', 'echo passed; exit 0'])"),
-    "kills its "
-    "parent": ("killed", "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nf = str"),
-    "kills its "
-    "group": ("failed", "import os, signal\nsignal.signal(15, signal.SIG_IGN)\nos.killpg(0, 15)\n"
-                        "f = str"),
+    "exec of another program": ("exited",
+        "import os; os.execv('/bin/sh', ['sh', '-c', 'echo passed; exit 0'])"),
+    "kills its parent": ("killed",
+        "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nf = str"),
+    "kills its group": ("failed",
+        "import os, signal\nsignal.signal(15, signal.SIG_IGN)\nos.killpg(0, 15)\n"
+        "f = str"),
     "kills all": ("error", "import os\nos.kill(-1, 9)\nf = str"),
     "deep recursion": ("error", "def f(x): return f(x)"),
-    "deep recursion, no "
-    "limit": (("killed", "memory", "error"), "import sys\nsys.setrecursionlimit(10**9)\n"
-                                 "class A:\n"
-                                 "    def __getattr__(self, x): return getattr(self, x + 'a')\n"
-                                 "A().b"),
+    "deep recursion, no limit": (("killed", "memory", "error"),
+        "import sys\nsys.setrecursionlimit(10**9)\n"
+        "class A:\n"
+        "    def __getattr__(self, x): return getattr(self, x + 'a')\n"
+        "A().b"),
     "deep brackets": (("error", "memory"), "f = " + "(" * 100000),
     "kills itself": ("killed", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\nf = str"),
-    "kills itself in "
-    "f": ("killed", "import os, signal\nf = lambda x: os.kill(os.getpid(), signal.SIGKILL)"),
+    "kills itself in f": ("killed",
+        "import os, signal\nf = lambda x: os.kill(os.getpid(), signal.SIGKILL)"),
     "kills its group hard": ("killed", "import os, signal\nos.killpg(0, signal.SIGKILL)"),
     "terminates itself": ("killed", "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)"),
     "an alarm": ("killed", "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0.1)\n"
                            "time.sleep(9)"),
-    "leaves a process "
-    "behind": ("exited", "import os, time\nif os.fork(): os._exit(0)\nos.setsid()\ntime.sleep(99)"),
-    "a right verdict from a "
-    "child": ("exited", "import os\nif os.fork(): os._exit(0)\nos.setsid()\nf = lambda x: 2"),
-    "fills shared "
-    "memory": ("error", "f = open('/dev/shm/big', 'wb')\nwhile True: f.write(bytes(1 << 20))"),
+    "leaves a process behind": ("exited",
+        "import os, time\nif os.fork(): os._exit(0)\nos.setsid()\ntime.sleep(99)"),
+    "a right verdict from a child": ("exited",
+        "import os\nif os.fork(): os._exit(0)\nos.setsid()\nf = lambda x: 2"),
+    "fills shared memory": ("error",
+        "f = open('/dev/shm/big', 'wb')\nwhile True: f.write(bytes(1 << 20))"),
     "segfault": ("killed", "import ctypes; ctypes.string_at(0)"),
     "abort": ("killed", "import os; os.abort()"),
     "threads that never end": ("failed", """
@@ -158,12 +158,12 @@ f = str"""),
     "prints passed": (("error", "exited"), "import os\nprint('passed')\nfor n in range(1, 256):\n"
                                            "    try: os.write(n, b'passed')\n"
                       "    except OSError: pass\nos._exit(0)"),
-    "guesses the "
-    "secret": (("error", "exited"), "import os\nfor n in range(3, 256):\n"
-                                    "    try: os.write(n, bytes(16))\n"
-                           "    except OSError: pass\nos._exit(0)"),
-    "frees the tests from a "
-    "fork": ("exited", "import os\nif os.fork(): os._exit(0)\nf = lambda x: 2"),
+    "guesses the secret": (("error", "exited"),
+        "import os\nfor n in range(3, 256):\n"
+        "    try: os.write(n, bytes(16))\n"
+        "    except OSError: pass\nos._exit(0)"),
+    "frees the tests from a fork": ("exited",
+        "import os\nif os.fork(): os._exit(0)\nf = lambda x: 2"),
     "reads standard input": ("error", "f = lambda x: input()"),
 }
 
