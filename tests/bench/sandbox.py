@@ -42,8 +42,8 @@ def alone(row):
     """The ceiling: to compile and run a program, without a process of its own. These are
     trusted."""
     space = {"__name__": "program"}
-    source, tests = row["prompt"] + row["canonical_solution"], f"{row['test']}\ncheck({row['entry_point']})"
-    for text in (source, tests):
+    tests = f"{row['test']}\ncheck({row['entry_point']})"
+    for text in (row["prompt"] + row["canonical_solution"], tests):
         exec(compile(text, "program.py", "exec", dont_inherit=True), space)
     return True
 
@@ -56,7 +56,7 @@ def turns(rows):
             start = time.perf_counter()
             passed = sum(map(check, part))
             seconds[name].append((time.perf_counter() - start) / len(part))
-            assert passed == len(part), f"{name}: {len(part) - passed} canonical solutions did not pass"
+            assert passed == len(part), f"{name}: {len(part) - passed} right solutions did not pass"
     for name, each in seconds.items():
         parts = ", ".join(f"{1 / s:.0f}" for s in each)
         print(f"  {name:18} {len(each) / sum(each):6.1f} programs/s   ({parts})")
