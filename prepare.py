@@ -18,20 +18,18 @@ import ast
 import base64
 import hashlib
 import importlib
-import io
+import itertools
 import json
 import os
 import random
 import re
 import resource
 import shutil
-import sys
 import textwrap
 import time
 import zlib
 from array import array
 from collections import Counter
-from concurrent.futures import as_completed
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +53,11 @@ class Settings:
     source = ""  # the JSONL of instruction and response that `instruct` becomes, for lintseq.py
     dest = ""  # the JSONL of edit sequences that lintseq.py writes
     form: ("edits", "programs", "") = ""  # tokenize instruction data: edits (dest), programs (source)
-    benchmark = ""  # where the family's held-out problems go; evaluate.py scores them
-    family_size: (1,) = 10_000  # problems of the demo's family to train on
+    benchmark = "data/problems.jsonl"  # where the family's held-out problems go; evaluate.py scores them
+    family_size = 10_000  # problems of the demo's family to train on
     family_heldout = 200  # and held out
     val_fraction: (0, 0.9) = 0.01  # of the documents or examples, chosen by a hash of their text
-    max_tokens: (1,) = 1024  # longest example of instruction data; longer ones are left out
+    max_tokens = 1024  # longest example of instruction data; longer ones are left out
     seed = 1337  # of the family and of the order of examples
     workers = 0  # processes that tokenize; 0: one a CPU
     export = ""  # a folder with ckpt.pt, to be written as a Hugging Face model into its hf/
@@ -79,9 +77,8 @@ GPT2_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
                 r"|\s+(?!\S)|\s+")  # what tokenizers' "ByteLevel" splits by
 
 # GPT-2's way to write any byte as a printable character
-_printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_others = sorted(set(range(256)) - set(_printable))
-LETTERS = {b: chr(b) for b in _printable} | {b: chr(256 + i) for i, b in enumerate(_others)}
+_hidden = [b for b in range(256) if not (33 <= b < 127 or 161 <= b != 173)]
+LETTERS = {b: chr(256 + _hidden.index(b) if b in _hidden else b) for b in range(256)}
 BYTES = {letter: b for b, letter in LETTERS.items()}
 
 
@@ -90,68 +87,53 @@ def get_tokenizer(name):
     of tiktoken's own encodings (fetched by tiktoken on first use) or a .tiktoken file: a line per
     token, base64 and rank. Or a PublishedTokenizer, as it is: from a tokenizer.json, a folder with
     one, or the name of a model on the Hugging Face hub. OSError or ValueError if there is none."""
-    if Path(name).is_dir():
-        name = str(Path(name) / "tokenizer.json")
-    elif "/" in name and not name.endswith((".tiktoken", ".json")):
-        name = download_file(name, "tokenizer.json")
+    if "/" in name and not name.endswith((".tiktoken", ".json")):
+        name = (f"{name}/tokenizer.json" if Path(name).is_dir()
+                else ask_hub("hf_hub_download", name, "tokenizer.json"))
     if name.endswith(".json"):
         return PublishedTokenizer(name)
     if name.endswith(".tiktoken"):
         lines = map(str.split, Path(name).read_text(encoding="utf-8").splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        if {*map(bytes, zip(range(256)))} - {*ranks} or {*ranks.values()} != {*range(len(ranks))}:
-            raise ValueError("a byte is missing, or the ranks are not 0, 1, 2, …")
+        if {*ranks.values()} != {*range(max(256, len(ranks)))}:
+            raise ValueError("its ranks are not 0, 1, 2, … 255 and on")
         return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
                                  special_tokens={EOT: len(ranks), DIFF: len(ranks) + 1})
     try:
         base = tiktoken.get_encoding(name)
-    except OSError as e:
-        raise OSError(f"tiktoken fetches it from the network at its first use ({type(e).__name__}); "
-                      "it keeps it in the folder that TIKTOKEN_CACHE_DIR names") from None
-    except ValueError:
+    except (OSError, ValueError) as e:
         raise ValueError(
-            f"neither one of tiktoken's encodings ({', '.join(tiktoken.list_encoding_names())}), nor "
-            "a .tiktoken or .json file, nor a Hugging Face model (owner/name)") from None
+            f"tiktoken does not have it ({type(e).__name__}): it fetches its own encodings "
+            f"({', '.join(tiktoken.list_encoding_names())}) from the network at their first use into "
+            "the folder that TIKTOKEN_CACHE_DIR names; else give a .tiktoken or .json file, or a "
+            "Hugging Face model (owner/name)") from None
     return tiktoken.Encoding(
         name + "+diff", pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
         special_tokens={EOT: base.eot_token, DIFF: base.n_vocab})
 
 
-def load_tokenizer(name):
-    """get_tokenizer; die where there is none, or where its numbers do not fit into a bin's 16 bits."""
-    try:
-        enc = get_tokenizer(name)
-    except (OSError, ValueError) as e:
-        die(f"tokenizer={name}: {e}")
-    if enc.n_vocab > 2 ** 16:
-        die(f"tokenizer={name} has {enc.n_vocab:,} entries, and a bin holds numbers of 16 bits")
-    return enc
-
-
 class PublishedTokenizer:
     """A byte-level BPE in a tokenizer.json, read by the library `tokenizers`, behind the methods of
     tiktoken.Encoding that we use. <|diff|> is plain text unless the file has it as a token."""
+    _pat_str = GPT2_PATTERN  # for the fingerprint
 
     def __init__(self, path):
-        self.source = Path(path).read_text(encoding="utf-8")
         try:
-            self.library = import_library("tokenizers").Tokenizer.from_str(self.source)
+            self.library = import_library("tokenizers").Tokenizer.from_file(path)
             self.library.no_truncation()
             self.library.no_padding()
-            added = self.library.get_added_tokens_decoder()
-            self._special_tokens = {token.content: i for i, token in added.items()}
+            self._special_tokens = {
+                token.content: i for i, token in self.library.get_added_tokens_decoder().items()}
             self.eot_token = self._special_tokens[EOT]
             self._mergeable_ranks = {
-                bytes(BYTES[letter] for letter in token): i
-                for token, i in self.library.get_vocab().items() if i not in added}
+                bytes(map(BYTES.__getitem__, token)): i
+                for token, i in self.library.get_vocab().items() if token not in self._special_tokens}
         except Exception as e:  # the library's errors have no type of their own
-            raise ValueError(f"{path} is no byte-level BPE with {EOT}: {e}") from None
-        splitter = json.loads(self.source)["pre_tokenizer"]
-        splitter = splitter.get("pretokenizers", [splitter])[0]
-        self._pat_str = splitter.get("pattern", {}).get("Regex", GPT2_PATTERN)
-        self.token_bytes = {i: token for token, i in self._mergeable_ranks.items()}
-        self.token_bytes |= {i: token.encode() for token, i in self._special_tokens.items()}
-        self.n_vocab = max(self.token_bytes) + 1
+            raise ValueError(f"{path}: no byte-level BPE with {EOT} ({e})") from None
+        token_bytes = {i: token for token, i in self._mergeable_ranks.items()} | {
+            i: token.encode() for token, i in self._special_tokens.items()}
+        self.decode_single_token_bytes = token_bytes.__getitem__
+        self.n_vocab = max(token_bytes) + 1
 
     def encode(self, text, *, allowed_special=()):
         """Token ids; special tokens in the text are text, unless allowed_special is "all"."""
@@ -160,11 +142,8 @@ class PublishedTokenizer:
 
     encode_ordinary = encode
 
-    def decode_single_token_bytes(self, token):
-        return self.token_bytes[token]
-
     def decode_bytes(self, tokens):
-        return b"".join(self.token_bytes[token] for token in tokens)
+        return b"".join(map(self.decode_single_token_bytes, tokens))
 
     def decode(self, tokens):
         return self.decode_bytes(tokens).decode(errors="replace")
@@ -172,9 +151,12 @@ class PublishedTokenizer:
 
 def fingerprint(enc):
     """16 hex digits that differ for tokenizers that differ: data and checkpoints must agree on it."""
-    table = sorted((rank, token) for token, rank in enc._mergeable_ranks.items())
-    whole = repr((table, sorted(enc._special_tokens.items()), enc._pat_str))
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+    ranks = sorted((rank, token) for token, rank in enc._mergeable_ranks.items())
+    return digest(repr((ranks, sorted(enc._special_tokens.items()), enc._pat_str)))
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def train_tokenizer(path, texts, size):
@@ -196,26 +178,39 @@ def tokenizer_texts(cfg):
         yield from (text for _, text in documents(corpus) if low <= hash_text(text) < high)
     for n, row in config.read_rows(cfg.source) if Path(cfg.source).is_file() else ():
         try:
-            pair = read_pair(row)
-            yield pair["instruction"]
-            yield "\n".join(lintseq.lintseq(pair["response"], random.Random(n - 1)))
+            instruction, response = read_pair(row)
+            yield instruction
+            yield "\n".join(lintseq.lintseq(response, random.Random(n - 1)))
         except ValueError:
             pass
 
 
-LONGEST = 1 << 17  # characters: of 2 ** 20 spaces in a row tiktoken's regular expressions die
-PARTS = re.compile(rf".{{1,{LONGEST}}}(?<=[A-Za-z])(?=[\n ])|.{{1,{LONGEST}}}", re.S)
+def make_tokenizer(cfg):
+    """The tokenizer cfg.tokenizer; a .tiktoken file that is missing is trained. Die where there is
+    none, or where its numbers do not fit into a bin."""
+    if cfg.tokenizer.endswith(".tiktoken"):
+        if RANK == 0 and not Path(cfg.tokenizer).is_file():
+            print(f"tokenizer -> {cfg.tokenizer}: a BPE of {cfg.bpe_size} entries")
+            train_tokenizer(cfg.tokenizer, tokenizer_texts(cfg), cfg.bpe_size)
+        wait_for(Path(cfg.tokenizer).is_file)
+    try:
+        enc = get_tokenizer(cfg.tokenizer)
+        if enc.n_vocab > 2 ** 16:
+            raise ValueError(f"it has {enc.n_vocab:,} entries, and a bin holds numbers of 16 bits")
+    except (OSError, ValueError) as e:
+        die(f"tokenizer={cfg.tokenizer}: {e}")
+    return enc
 
 
-def split_long_text(text):
-    """A text in parts that give the tokens of the whole: cut where every tokenizer's pattern cuts it
-    too, between a letter and a new line or space; anywhere only where there is no such place."""
-    return [text] if len(text) <= LONGEST else PARTS.findall(text)
+# Parts of at most 128 K characters (of 1 M spaces in a row tiktoken's regular expressions die) that
+# give the tokens of the whole: cut between a letter and a new line or space, where every tokenizer's
+# pattern cuts too; anywhere only where there is no such place.
+PARTS = re.compile(r".{1,131072}(?:\Z|(?<=[A-Za-z])(?=[\n ]))|.{1,131072}", re.S)
 
 
 def encode_text(enc, text):
     """enc.encode_ordinary for a text of any length."""
-    return [token for part in split_long_text(text) for token in enc.encode_ordinary(part)]
+    return [token for part in PARTS.findall(text) for token in enc.encode_ordinary(part)]
 
 
 class Marker(str):
@@ -225,14 +220,12 @@ class Marker(str):
 
 def encode_parts(enc, parts):
     """Token ids of texts and Markers in a row; a Marker without a token of its own is text, too."""
-    ids, text = [], ""
-    for part in parts:
-        if isinstance(part, Marker) and part in enc._special_tokens:
-            ids += encode_text(enc, text) + [enc._special_tokens[part]]
-            text = ""
-        else:
-            text += part
-    return ids + encode_text(enc, text)
+    ids = []
+    for is_token, group in itertools.groupby(
+            parts, lambda part: isinstance(part, Marker) and part in enc._special_tokens):
+        ids += (map(enc._special_tokens.get, group) if is_token
+                else encode_text(enc, "".join(group)))
+    return ids
 
 
 def encode_prompt(enc, form, prompt):
@@ -245,12 +238,13 @@ def encode_prompt(enc, form, prompt):
 def encode_example(enc, form, prompt, answer):
     """(prompt, response) of a training example, token ids: lintseq.training_text where the answer is
     an edit path, else the program, behind a new line unless one side has white space already."""
+    parts = [answer]
     if form == "edits":
         parts = [part for edit in answer for part in (edit + "\n", Marker(DIFF))]
-        return (encode_prompt(enc, form, prompt),
-                encode_parts(enc, (*parts, "\n", Marker(DIFF), Marker(EOT))))
-    gap = "" if prompt[-1:].isspace() or answer[:1].isspace() else "\n"
-    return encode_text(enc, prompt + gap), encode_parts(enc, (answer, Marker(EOT)))
+        parts += ["\n", Marker(DIFF)]
+    elif answer[:1].isspace():
+        form = "text"
+    return encode_prompt(enc, form, prompt), encode_parts(enc, (*parts, Marker(EOT)))
 
 
 # -- The Hugging Face hub ---------------------------------------------------------------------------
@@ -275,84 +269,65 @@ def import_library(name):
         die(f"this needs the library {name}: pip install {name}")
 
 
-def with_retries(call, page):
-    """call(), again where what failed may pass. OSError, with the mend, where it does not."""
+def ask_hub(function, repo, *args, **where):
+    """A function of huggingface_hub, called again where what failed may pass; OSError, with the
+    mend, where it does not. The library sees to the cache (HF_HOME), HF_TOKEN and HF_ENDPOINT."""
+    hub = import_library("huggingface_hub")
+    page = f"{hub.constants.ENDPOINT}/{'datasets/' * bool(where)}{repo}"
     for attempt in range(TRIES):
-        time.sleep(2 ** attempt - 1 if attempt else 0)
         try:
-            return call()
+            return getattr(hub, function)(repo, *args, **where)
         except OSError as e:
-            if e.errno:  # a full disk
-                raise
-            error, cause, status = str(e).splitlines()[0], e, None
-        while cause is not None and status is None:
+            error, cause, status = e, e, None
+        while cause and not status:
             status = getattr(getattr(cause, "response", None), "status_code", None)
             cause = cause.__cause__
-        if status in (401, 403):
-            raise OSError(f"status {status}: it is gated, private or not there: accept the terms on "
-                          f"{page} and set HF_TOKEN to a token of that account")
-        if status == 404:
-            raise FileNotFoundError(f"status 404: no such file; see {page}")
-    raise ConnectionError(f"{page}: {error}; the same command goes on from here")
+        if status in (401, 403, 404):
+            raise FileNotFoundError(
+                f"status {status}: not there, or gated: see {page}, accept its terms there, and set "
+                "HF_TOKEN to a token of that account")
+        time.sleep(2 ** attempt)
+    raise ConnectionError(f"{page}: {error!r}; the same command goes on from here")
 
 
-def download_file(repo, path, **where):
-    """The local path of a file of a repository on the hub, downloaded if it is not there yet. The
-    library sees to the cache (HF_HOME), HF_TOKEN, HF_ENDPOINT and connections that break."""
-    hub = import_library("huggingface_hub")
-    page = f"{hub.constants.ENDPOINT}/{'datasets/' * ('repo_type' in where)}{repo}"
-    return with_retries(lambda: hub.hf_hub_download(repo, path, **where), page)
-
-
-def list_files(repo, prefix):
-    """(commit, [[path, bytes], …]) of the files of a dataset whose path begins with `prefix`."""
-    api = import_library("huggingface_hub").HfApi()
-    commit = api.dataset_info(repo).sha
-    tree = api.list_repo_tree(repo, os.path.dirname(prefix) or None, revision=commit,
-                              repo_type="dataset")
-    return commit, sorted((file.path, file.size) for file in tree
-                          if file.path.startswith(prefix) and file.path.endswith(KINDS))
-
-
-def download_dataset(name, count=None, share=False):
+def download_dataset(name, count=None):
     """The local paths of the first `count` files of a dataset of HUB. Its listing is kept, so that
-    all runs and ranks see the same, and a complete copy needs no network. share: each rank downloads
-    its part and waits for the others."""
-    (repo, prefix), hub = HUB[name], import_library("huggingface_hub")
+    all runs and ranks see the same, and a complete copy needs no network. Each rank begins with its
+    share; the library's locks make it wait for what another one is downloading."""
+    (repo, prefix), where = HUB[name], {"repo_type": "dataset"}
     listing = DATA / "hub" / f"{name}.json"
     if RANK == 0 and not listing.is_file():
-        files = with_retries(lambda: list_files(repo, prefix),
-                             f"{hub.constants.ENDPOINT}/datasets/{repo}")
-        write_whole(listing, json.dumps(files).encode())
-    wait_for(listing.is_file, "listing")
-    commit, files = json.loads(listing.read_text())
-    where, files = {"repo_type": "dataset", "revision": commit}, files[:count]
+        commit = ask_hub("repo_info", repo, **where).sha
+        tree = ask_hub("list_repo_tree", repo, os.path.dirname(prefix), revision=commit, **where)
+        files = {file.path: file.size for file in tree
+                 if file.path.startswith(prefix) and file.path.endswith(KINDS)}
+        write_whole(listing, json.dumps([commit, files]).encode())
+    wait_for(listing.is_file)
+    where["revision"], files = json.loads(listing.read_text())
+    paths = sorted(files)[:count]
+    check_disk_space(
+        Path(import_library("huggingface_hub").constants.HF_HUB_CACHE), f"downloads of {repo}",
+        sum(files[path] for path in paths
+            if not ask_hub("try_to_load_from_cache", repo, path, **where)))
+    for path in paths[RANK::WORLD]:
+        ask_hub("hf_hub_download", repo, path, **where)
+    return [ask_hub("hf_hub_download", repo, path, **where) for path in paths]
 
-    def missing():
-        return [size for path, size in files
-                if not isinstance(hub.try_to_load_from_cache(repo, path, **where), str)]
 
-    check_disk_space(Path(hub.constants.HF_HUB_CACHE), f"downloads of {repo}", sum(missing()))
-    for path, _ in files[RANK::WORLD] if share else files:
-        download_file(repo, path, **where)
-    wait_for(lambda: not missing(), "files that other ranks download")
-    return [Path(download_file(repo, path, **where)) for path, _ in files]
-
-
-def wait_for(ready, what):
-    """Return when ready(), which other ranks see to, is true."""
+def wait_for(ready):
+    """Return when ready(), which rank 0 or others see to, is true."""
     if WORLD > 1 and not ready():
-        print(f"  waiting for the {what}", flush=True)
+        print("  waiting for other ranks", flush=True)
         while not ready():
             time.sleep(1)
 
 
 def check_disk_space(folder, what, wanted):
     """Say how many bytes are about to be written; die if the disk has not so many."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
     if wanted > free:
-        die(f"{what}: needs about {wanted / 1e9:,.2f} GB, and {there} has {free / 1e9:,.2f} GB free: "
+        die(f"{what}: needs about {wanted / 1e9:,.2f} GB, and {folder} has {free / 1e9:,.2f} GB free: "
             "make room, or put a link to a larger disk there")
     if RANK == 0 and wanted:
         print(f"  {what}: about {wanted / 1e9:,.2f} GB, {free / 1e9:,.2f} GB free", flush=True)
@@ -371,9 +346,9 @@ def corpus_files(corpus):
     if corpus == "stdlib":
         return _demo_problems.stdlib_files()
     if name in HUB and not root.exists():
-        return download_dataset(name, int(count) if count.isdigit() else None, share=True)
-    files = [root] if root.is_file() else sorted(
-        path for path in root.rglob("*") if path.name.endswith(KINDS) and path.is_file())
+        return download_dataset(name, int(count) if count.isdigit() else None)
+    files = sorted(path for path in (root, *root.rglob("*"))
+                   if path.is_file() and (path == root or path.name.endswith(KINDS)))
     if not files:
         die(f"corpora: {corpus} is neither stdlib, fineweb, the-stack, nor a file, nor a folder with "
             + " ".join(KINDS))
@@ -387,70 +362,62 @@ def split_file(path):
     if name.endswith(".parquet"):
         try:
             meta = config.open_parquet(name).metadata
-            sizes = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
+            return [(name, i, i + 1, meta.row_group(i).total_byte_size)
+                    for i in range(meta.num_row_groups)]
         except (OSError, ValueError):
-            sizes = [size]  # read_span says what is wrong
-        return [(name, i, i + 1, size) for i, size in enumerate(sizes)]
-    step = SHARD if name.endswith(".jsonl") else max(1, size)
-    return [(name, at, min(at + step, size), min(step, size - at))
-            for at in range(0, max(1, size), step)]
+            pass  # read_span says what is wrong
+    step = SHARD if name.endswith(".jsonl") else 1 << 60
+    return [(name, at, at + step, min(step, size - at)) for at in range(0, size + 1, step)]
 
 
 def read_span(name, begin, end):
     """Yield (name of a document, its text, or the ValueError that says why there is none)."""
-    read = (read_parquet if name.endswith(".parquet") else
-            read_jsonl if name.endswith((".jsonl", ".jsonl.gz")) else read_text)
+    read, parse = {".parquet": (read_parquet, bytes.decode), ".jsonl": (read_lines, text_of_row),
+                   ".gz": (read_lines, text_of_row)}.get(Path(name).suffix, (read_text, str))
     try:
-        for where, text in read(name, begin, end):
+        for where, raw in read(name, begin, end):
             try:
-                text = text.decode() if isinstance(text, bytes) else text
-            except UnicodeDecodeError:
-                text = ValueError("not UTF-8")
-            yield where, ValueError("no text") if text is None else text or ValueError("empty")
-    except UnicodeDecodeError:
-        yield name, ValueError("not UTF-8")
-    except (OSError, EOFError, ValueError, NotImplementedError, MemoryError, zlib.error) as e:
-        # pyarrow's errors are among these
-        reason = (str(e).splitlines() or ["out of memory"])[0][:200]
-        yield name, ValueError(f"unreadable {Path(name).suffix[1:]}: {reason}")
+                yield f"{name}{where}", parse(raw) or ValueError("no text")
+            except UnicodeError:
+                yield f"{name}{where}", ValueError("not UTF-8")
+            except ValueError as e:
+                yield f"{name}{where}", e
+    except Exception as e:  # there is hardly one that gzip or pyarrow do not raise on a damaged file
+        yield name, ValueError(f"unreadable{Path(name).suffix}: {e!r}")
 
 
 def read_parquet(name, begin, end):
     import pyarrow
     file = config.open_parquet(name)
-    columns = [c for c in ("text", "content") if c in file.schema_arrow.names]
-    if not columns:
-        raise ValueError(f"no column text or content, but {', '.join(file.schema_arrow.names)}")
-    row = sum(file.metadata.row_group(i).num_rows for i in range(begin))
-    for batch in file.iter_batches(16, row_groups=range(begin, end), columns=columns[:1],
-                                   use_threads=False):  # 16 rows are in memory at a time
-        for row, text in enumerate(batch.column(0).cast(pyarrow.large_binary()), row + 1):
-            yield f"{name}:{row}", text.as_py()
+    column = max({"text", "content"} & {*file.schema_arrow.names}, default=None)
+    if not column:
+        raise ValueError("no column text or content")
+    for batch in file.iter_batches(16, row_groups=[begin], columns=[column]):  # 16 rows at a time
+        for text in batch.column(0).cast(pyarrow.large_binary()):
+            yield f", row group {begin}", text.as_py() or b""
 
 
-def read_jsonl(name, begin, end):
+def read_lines(name, begin, end):
     with config.open_lines(name) as f:
         if begin:  # the row that this range begins in is the one before's, unless it begins here
             f.seek(begin - 1)
             f.readline()
-        while f.tell() < end or name.endswith(".gz"):
-            at, line = f.tell(), f.readline()
-            if not line:
-                break
+        while (at := f.tell()) < end and (line := f.readline()):
             if line.strip():
-                try:
-                    row = config.parse_row(line)
-                    text = row.get("text", row.get("content"))
-                    yield f"{name}, byte {at}", text if isinstance(text, str) else None
-                except ValueError as e:
-                    yield f"{name}, byte {at}", e
+                yield f", byte {at}", line
+
+
+def text_of_row(line):
+    row = config.parse_row(line)
+    text = row.get("text", row.get("content"))
+    return text if isinstance(text, str) else ""
 
 
 def read_text(name, begin, end):
     with open(name, encoding="utf-8-sig") as f:
-        yield name, f.read(SHARD // 2) + f.readline(SHARD // 2)
-        while text := f.read(SHARD // 2):  # a long text becomes several documents
-            yield name, text + f.readline(SHARD // 2)
+        yield "", "".join(f.readlines(SHARD // 2))
+        while lines := f.readlines(SHARD // 2):  # a long text becomes several documents
+            yield "", "".join(lines)
 
 
 def documents(corpus):
@@ -462,7 +429,7 @@ def documents(corpus):
 
 def hash_text(text):
     """A number in [0, 1) that decides by the text alone whether it belongs to the validation set."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2 ** 64
+    return int(digest(text), 16) / 2 ** 64
 
 
 # -- Documents to bins ------------------------------------------------------------------------------
@@ -470,126 +437,103 @@ def hash_text(text):
 def plan_shards(corpora):
     """[[bytes of text, [[path, begin, end], …]], …], each of about SHARD bytes."""
     shards = [[0, []]]
-    for span in (span for corpus in corpora for path in corpus_files(corpus)
-                 for span in split_file(path)):
-        name, begin, end, size = span
-        if shards[-1][0] and shards[-1][0] + size > SHARD:
-            shards.append([0, []])
-        shards[-1][0] += size
-        spans = shards[-1][1]
-        if spans and spans[-1][::2] == [name, begin]:
-            spans[-1][2] = end  # the next row group: a file is opened once for all of them
-        else:
-            spans.append([name, begin, end])
+    for corpus in corpora:
+        for path in corpus_files(corpus):
+            for *span, size in split_file(path):
+                if shards[-1][0] and shards[-1][0] + size > SHARD:
+                    shards.append([0, []])
+                shards[-1][0] += size
+                shards[-1][1].append(span)
     return shards
 
 
 def start_tokenizing(tokenizer):
-    """What each worker does first: its tokenizer, and a bound of 1.5 GB more than it has now. What
-    does not fit, as a page of Parquet of 1 GB, is then skipped and listed."""
+    """What each worker does first: its tokenizer, and a bound of its memory. What does not fit, as a
+    page of Parquet of 1 GB, is then skipped and listed."""
     global _enc
     _enc = get_tokenizer(tokenizer)
-    if sys.platform == "linux":
-        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-        _, most = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (used + (1536 << 20), most))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, most))
 
 
-def tokenize_shard(stem, spans, val_fraction):
-    """Write the tokens of the spans' documents, each followed by end-of-text, into two files; then
-    `stem`.json, which says which they are, how many documents they hold, and what was skipped."""
-    names = [f"{stem}.{os.getpid()}.{split}" for split in SPLITS]
-    counts, skipped = [0, 0], []
-    with open(names[0], "wb") as train, open(names[1], "wb") as val:
-        for name, text in (document for span in spans for document in read_span(*span)):
-            if isinstance(text, ValueError):
-                skipped.append([name, str(text)])
-                continue
-            held_out = hash_text(text) < val_fraction
-            for part in split_long_text(text):
-                np.array(_enc.encode_ordinary(part), "<u2").tofile(val if held_out else train)
-            np.array(_enc.eot_token, "<u2").tofile(val if held_out else train)
-            counts[held_out] += 1
-        for file in (train, val):
-            file.flush()
-            os.fsync(file.fileno())
-    write_whole(f"{stem}.json", json.dumps([names, counts, skipped]).encode())
+def tokenize_shard(done, spans, val_fraction):
+    """Write the tokens of some spans' documents, each followed by end-of-text, into two files; then
+    the file `done`, which says which they are, how many documents they hold, what was skipped."""
+    if done.is_file():
+        return
+    names, counts, skipped = [f"{done}.{os.getpid()}.{split}" for split in SPLITS], [0, 0], []
+    files = [open(name, "wb") for name in names]
+    for name, text in (document for span in spans for document in read_span(*span)):
+        if isinstance(text, ValueError):
+            skipped.append([name, str(text)])
+            continue
+        held_out = hash_text(text) < val_fraction
+        for part in PARTS.findall(text):
+            np.array(_enc.encode_ordinary(part), "<u2").tofile(files[held_out])
+        np.array(_enc.eot_token, "<u2").tofile(files[held_out])
+        counts[held_out] += 1
+    for file in files:
+        os.fsync(file.fileno())
+        file.close()
+    write_whole(done, json.dumps([names, counts, skipped]).encode())
 
 
 def write_bins(folder, enc, cfg):
-    """Tokenize cfg.corpora into folder/{train,val}.bin, shard by shard, in folder/shards until all
-    are done: shard i is rank i % WORLD's, and the bins are the shards in their order, whoever made
-    them, and however often the run was killed."""
-    shards, place = plan_shards(cfg.corpora), folder / "shards"
-    plan = json.dumps([fingerprint(enc), cfg.val_fraction, shards]).encode()
-    if (place / "plan.json").is_file() and (place / "plan.json").read_bytes() != plan:
-        die(f"{place} was begun with other corpora, tokenizer or val_fraction: set them back, or "
-            "delete it")
-    write_whole(place / "plan.json", plan)
+    """Tokenize cfg.corpora into folder/{train,val}.bin, shard by shard, in a folder of this plan's
+    own until all are done: shard i is rank i % WORLD's, and the bins are the shards in their order,
+    whoever made them, and however often the run was killed."""
+    sizes, shards = zip(*plan_shards(cfg.corpora))
+    plan = json.dumps([fingerprint(enc), cfg.val_fraction, shards])
+    place = folder / f"shards-{digest(plan)}"
+    done = [place / f"{i:06}.json" for i in range(len(shards))]
     # shards and bins are two copies for a while: of two bytes for each four of text, or less
-    there = sum(path.stat().st_size for path in place.iterdir())
-    check_disk_space(folder, f"tokens, in {len(shards)} shards",
-                     max(0, sum(size for size, _ in shards) - there))
-
-    start, stems, jobs = time.time(), [f"{place}/{i:06}" for i in range(len(shards))], {}
-    pool = config.start_pool(min(len(shards), cfg.workers or config.CPUS), start_tokenizing,
-                             cfg.tokenizer)
-    for stem, (size, spans) in [*zip(stems, shards)][RANK::WORLD]:
-        if not Path(f"{stem}.json").is_file():
-            jobs[pool.submit(tokenize_shard, stem, spans, cfg.val_fraction)] = size
-    with tqdm(total=sum(jobs.values()), desc="tokenizing", unit="B", unit_scale=True) as bar:
-        try:
-            for job in as_completed(jobs):
-                job.result()
-                bar.update(jobs[job])
-        finally:
-            pool.shutdown(cancel_futures=True)
+    check_disk_space(place, f"tokens, {len(shards)} shards",
+                     sum(size for size, path in zip(sizes, done) if not path.is_file()))
+    with config.start_pool(cfg.workers, start_tokenizing, cfg.tokenizer) as pool:
+        mine = slice(RANK, None, WORLD)
+        jobs = pool.map(tokenize_shard, done[mine], shards[mine], [cfg.val_fraction] * len(shards))
+        for _ in tqdm(jobs, "tokenizing", len(done[mine]), unit="shard"):
+            pass
     if RANK == 0:
-        wait_for(lambda: all(Path(f"{stem}.json").is_file() for stem in stems), "other ranks' shards")
-        join_shards(folder, stems, enc, cfg)
-        shutil.rmtree(place)
-    print(f"  tokenized in {time.time() - start:.1f} s")
+        wait_for(lambda: all(path.is_file() for path in done))
+        join_shards(folder, enc, cfg, [json.loads(path.read_text()) for path in done])
+        for old in folder.glob("shards-*"):
+            shutil.rmtree(old)
 
 
-def join_shards(folder, stems, enc, cfg):
+def join_shards(folder, enc, cfg, shards):
     """Lay the shards' tokens end to end in folder/{train,val}.bin. Where there are too few documents
     to hold out one, the end of the tokens is held out."""
-    names, counts, skipped = zip(*(json.loads(Path(f"{stem}.json").read_text()) for stem in stems))
-    counts, skipped = [sum(split) for split in zip(*counts)], sum(skipped, [])
-    bins = [folder / f"{split}.bin" for split in SPLITS]
+    names, counts, skipped = zip(*shards)
+    counts, bins = [*map(sum, zip(*counts))], [folder / f"{split}.bin" for split in SPLITS]
     for bin, parts in zip(bins, zip(*names)):
-        with open(f"{bin}.tmp", "wb") as out:
+        with open(bin, "wb") as out:
             for part in parts:
                 with open(part, "rb") as tokens:
-                    shutil.copyfileobj(tokens, out, 1 << 24)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(f"{bin}.tmp", bin)
+                    shutil.copyfileobj(tokens, out)
     if cfg.val_fraction and (sum(counts) * cfg.val_fraction < 1 or 0 in counts):
         tokens = np.concatenate([np.fromfile(bin, "<u2") for bin in bins])
-        n = max(int(len(tokens) * cfg.val_fraction), min(len(tokens) // 10, 4096))
+        n = max(1, int(len(tokens) * cfg.val_fraction), min(len(tokens) // 10, 4096))
         print(f"  {sum(counts)} documents are too few to hold out some: the last {n:,} tokens are")
-        for bin, part in zip(bins, np.split(tokens, [len(tokens) - n])):
-            write_whole(bin, part.tobytes())
-    write_meta(folder, enc, cfg, cfg.corpora, "documents", counts, skipped)
+        for bin, part in zip(bins, np.split(tokens, [-n])):
+            part.tofile(bin)
+    write_meta(folder, enc, cfg, cfg.corpora, "documents", counts, sum(skipped, []))
 
 
 def write_meta(folder, enc, cfg, sources, what, counts, skipped):
     """Write folder/meta.json, which says that the data is complete: the tokenizer, tokens and
-    documents (or examples) of both splits, sources, what was skipped; and skipped.jsonl. Say it."""
-    write_jsonl(folder / "skipped.jsonl", skipped)
+    documents (or examples) of both splits, sources, what was skipped."""
     meta = {"form": cfg.form or "text", "tokenizer": cfg.tokenizer, "fingerprint": fingerprint(enc),
-            "vocab_size": enc.n_vocab, "sources": sources, "skipped": count_reasons(skipped)}
+            "vocab_size": enc.n_vocab, "sources": sources,
+            "skipped": write_skipped(folder / "skipped.jsonl", skipped)}
     for split, count in zip(SPLITS, counts):
         tokens = os.path.getsize(folder / f"{split}.bin") // 2
         meta[split] = {"tokens": tokens, what: count}
         print(f"  {split}: {tokens:,} tokens, {count:,} {what}")
-    for reason, n in meta["skipped"].items():
-        print(f"  skipped {n:,}: {reason}")
-    if not meta["train"]["tokens"]:
-        die(f"nothing to train on in {', '.join(sources)}: {folder}/skipped.jsonl says what was skipped")
-    if not meta["val"]["tokens"]:
-        print("  nothing is held out: there will be no validation loss")
+        if not tokens:
+            (die if split == "train" else print)(
+                f"nothing to {split} on; {folder}/skipped.jsonl lists what was skipped")
+    os.sync()
     write_whole(folder / "meta.json", json.dumps(meta, indent=2).encode())
 
 
@@ -597,9 +541,13 @@ def write_jsonl(path, rows):
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def count_reasons(skipped):
-    """{reason, without its details: how many}"""
-    return Counter(reason.partition(":")[0] for _, reason in skipped)
+def write_skipped(path, skipped):
+    """List [where, reason]s in a JSONL; say and return how many there are of each reason."""
+    write_jsonl(path, skipped)
+    counts = Counter(reason.partition(":")[0] for _, reason in skipped)
+    for reason, n in counts.items():
+        print(f"  skipped {n:,}: {reason}")
+    return counts
 
 
 # -- Instruction pairs ------------------------------------------------------------------------------
@@ -610,50 +558,55 @@ FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)"
 def code_of(text):
     """The Python of an answer in Markdown: the contents of its python fences (of the bare ones, if
     there are none), joined; a text without fences if it is Python; else ""."""
-    blocks = [(language.lower(), textwrap.dedent(code).strip("\n"))
-              for language, code in FENCE.findall(text)]
-    codes = ([code for language, code in blocks if language in ("python", "python3", "py")]
+    blocks = FENCE.findall(text)
+    codes = ([code for language, code in blocks if re.fullmatch("python3?|py", language, re.I)]
              or [code for language, code in blocks if not language])
     if not blocks:
         try:
             ast.parse(text)
-            codes = [text.strip("\n")]
+            codes = [text]
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             pass
-    code = "\n".join(codes)
+    code = "\n".join(textwrap.dedent(code).strip("\n") for code in codes)
     return code + "\n" if code.strip() else ""
 
 
-def read_pair(row, markdown=False):
-    """{instruction, response} of a row; ValueError, with the reason, where it has none. markdown: of
-    Magicoder's or StarCoder2's data, Python only, without its Markdown."""
+FIELDS = {"edits": ("source_instruction", "edit_path"), "magicoder": ("problem", "solution")}
+
+
+def read_pair(row, kind=""):
+    """(instruction, response) of a row, the response a text or, of edits, a list of texts;
+    ValueError, with the reason, where it has none."""
     if isinstance(row, ValueError):
         raise row
-    instruction = row.get("instruction", row.get("problem"))
-    response = row.get("response", row.get("solution"))
-    if not isinstance(instruction, str) or not isinstance(response, str):
-        raise ValueError("no instruction and response")
-    if markdown and row.get("lang", "python") != "python":
+    fields = FIELDS.get(kind, ("instruction", "response"))
+    instruction, response = map(row.get, fields)
+    if not isinstance(instruction, str) or not isinstance(
+            response, list if kind == "edits" else str) or {*map(type, response)} != {str}:
+        raise ValueError(f"no {' and '.join(fields)}")
+    return instruction, response
+
+
+def read_hub_pair(row, name):
+    """read_pair for Magicoder's and StarCoder2's rows: Python only, without its Markdown."""
+    instruction, response = read_pair(row, name)
+    if row.get("lang", "python") != "python":
         raise ValueError("of another language")
-    if markdown:
-        instruction, response = instruction.strip(), code_of(response)
-    if not response.strip():
+    if not (code := code_of(response)):
         raise ValueError("without code")
-    return {"instruction": instruction, "response": response}
+    return instruction.strip(), code
 
 
 def instruct_rows(name, cfg):
-    """Yield (where, row) of one of cfg.instruct, for read_pair."""
+    """(number, row) of one of cfg.instruct, for read_pair."""
     if name == "stdlib":
-        yield from ((name, pair) for pair in _demo_problems.stdlib_pairs())
-    elif name == "family":
+        return enumerate(_demo_problems.stdlib_pairs())
+    if name == "family":
         pairs, problems = _demo_problems.family(cfg.family_size, cfg.family_heldout, cfg.seed)
         write_jsonl(cfg.benchmark, problems)
-        yield from ((name, pair) for pair in pairs)
-    else:
-        for path in download_dataset(name) if name in HUB else [name]:
-            for n, row in config.read_rows(path):
-                yield f"{path}:{n}", row
+        return enumerate(pairs)
+    paths = download_dataset(name) if name in HUB else [name]
+    return (row for path in paths for row in config.read_rows(path))
 
 
 def words(text):
@@ -667,41 +620,40 @@ def contamination_test():
     known = {}  # the first six words: sequences that begin so
     for name, text, solution in (("humaneval", "prompt", "canonical_solution"),
                                  ("mbpp", "text", "code")):
-        for path in download_dataset(name):
-            for _, row in config.read_rows(path):
-                text_words, code_words = words(row[text]), words(row[solution])
-                n = max(6, min(10, len(text_words)))
-                sequences = [text_words[i:i + n] for i in range(len(text_words) - n + 1)]
-                for sequence in sequences + [code_words] * (len(code_words) >= 10):
-                    known.setdefault(tuple(sequence[:6]), set()).add(" ".join(sequence))
+        for _, row in instruct_rows(name, None):
+            problem, code = words(row[text]), words(row[solution])
+            n = max(6, min(10, len(problem)))
+            runs = [problem[i:i + n] for i in range(len(problem) - n + 1)]
+            for run in runs + [code] * (len(code) >= 10):
+                known.setdefault(tuple(run[:6]), set()).add(" ".join(run))
 
     def is_contaminated(text):
         mine = words(text)
         whole = f" {' '.join(mine)} "
-        return any(f" {sequence} " in whole for i in range(len(mine))
-                   for sequence in known.get(tuple(mine[i:i + 6]), ()))
+        return any(f" {run} " in whole for i in range(len(mine))
+                   for run in known.get(tuple(mine[i:i + 6]), ()))
     return is_contaminated
 
 
 def near_duplicate_test():
-    """A test for a text: does it share 70% of its runs of five words and signs with one before it
-    (The Stack's measure)? Candidates by MinHash, 64 hashes in 16 bands of 4; then Jaccard's index."""
-    kept, bands = [], {}
-    a, b = np.random.default_rng(0).integers(1, 2 ** 63, (2, 64, 1), dtype=np.uint64)
+    """A test for a text: does it share 70% of its runs of five words with one before it (The Stack's
+    measure)? Looked at are those that share one of the 16 runs whose hashes are smallest (MinHash);
+    runs that 50 texts have lead nowhere."""
+    kept, holders = [], {}
 
     def is_near_duplicate(text):
-        parts = re.findall(r"\w+|[^\w\s]", text.lower())
-        runs = np.unique([zlib.crc32(" ".join(parts[i:i + 5]).encode())
-                          for i in range(max(1, len(parts) - 4))]).astype(np.uint64)
-        signature = (((a | 1) * runs + b) >> 32).min(1).reshape(16, 4)
-        places = [bands.setdefault((i, bytes(band)), []) for i, band in enumerate(signature)]
-        for other in {n for place in places for n in place}:
-            shared = len(np.intersect1d(runs, kept[other], assume_unique=True))
+        parts = words(text)
+        runs = {zlib.crc32(" ".join(parts[i:i + 5]).encode())
+                for i in range(max(1, len(parts) - 4))}
+        smallest = [holders.setdefault(run, []) for run in sorted(runs)[:16]]
+        for other in set().union(*smallest):
+            shared = len(runs.intersection(kept[other]))
             if shared >= 0.7 * (len(runs) + len(kept[other]) - shared):
                 return True
-        for place in places:
-            place.append(len(kept))
-        kept.append(runs)
+        for texts in smallest:
+            if len(texts) < 50:
+                texts.append(len(kept))
+        kept.append(array("I", runs))
         return False
     return is_near_duplicate
 
@@ -709,69 +661,49 @@ def near_duplicate_test():
 def write_instruct(cfg):
     """Write cfg.source (pairs) and, with the family, cfg.benchmark (its held-out problems). Repeated
     responses go; of the hub's data near duplicates and what the benchmarks hold go too."""
-    pairs, skipped, seen, tests = [], [], set(), {}
+    pairs, skipped, tests = {}, [], {}
     for name in cfg.instruct:
         if name in HUB and not tests:
             tests = {"with text of HumanEval or MBPP": contamination_test(),
-                     "near duplicates": near_duplicate_test()}
-        before, left_out = len(pairs), len(skipped)
-        for where, row in tqdm(instruct_rows(name, cfg), desc=name, unit="row", mininterval=1):
+                     "near duplicate": near_duplicate_test()}
+        for n, row in tqdm(instruct_rows(name, cfg), name, mininterval=1):
             try:
-                pair = read_pair(row, markdown=name in HUB)
-                if pair["response"] in seen:
-                    raise ValueError("repeats")
+                instruction, response = read_hub_pair(row, name) if name in HUB else read_pair(row)
+                if response in pairs:
+                    raise ValueError("repeated response")
                 for reason, test in tests.items() if name in HUB else ():
-                    if test(pair["instruction"] + "\n" + pair["response"]):
+                    if test(f"{instruction}\n{response}"):
                         raise ValueError(reason)
+                pairs[response] = {"instruction": instruction, "response": response}
             except ValueError as e:
-                skipped.append([where, str(e)])
-                continue
-            seen.add(pair["response"])
-            pairs.append(pair)
-        print(f"  {name}: {len(pairs) - before:,} pairs; left out: " + (", ".join(
-            f"{n:,} {what}" for what, n in count_reasons(skipped[left_out:]).items()) or "none"))
+                skipped.append([f"{name}:{n}", str(e)])
+    print(f"  {len(pairs):,} pairs -> {cfg.source}")
+    pairs = [*pairs.values()]
     random.Random(cfg.seed).shuffle(pairs)
-    write_jsonl(f"{cfg.source}.skipped.jsonl", skipped)
+    write_skipped(f"{cfg.source}.skipped.jsonl", skipped)
     write_jsonl(cfg.source, pairs)
 
 
 # -- Examples to bins -------------------------------------------------------------------------------
 
-def read_example(row, form):
-    """(prompt, answer) of a row of edits or pairs; ValueError where it has none."""
-    if form == "programs":
-        pair = read_pair(row)
-        return pair["instruction"], pair["response"]
-    if isinstance(row, ValueError):
-        raise row
-    prompt, edits = row.get("source_instruction"), row.get("edit_path")
-    if not (isinstance(prompt, str) and isinstance(edits, list) and edits
-            and all(isinstance(edit, str) for edit in edits)):
-        raise ValueError("no source_instruction and edit_path")
-    return prompt, edits
-
-
-def write_examples(folder, enc, cfg):
-    """Tokenize instruction data in the form cfg.form into folder/{train,val}.bin, .examples.npy."""
-    path = examples_file(cfg)
+def write_examples(folder, enc, cfg, path):
+    """Tokenize the examples in a file, of the form cfg.form, into folder/{train,val}.bin and
+    .examples.npy."""
     splits, skipped = [(array("H"), []) for _ in SPLITS], []  # tokens, where each example begins
-    for n, row in tqdm(config.read_rows(path), desc="tokenizing", unit="example", mininterval=1):
+    for n, row in tqdm(config.read_rows(path), "tokenizing", mininterval=1):
         try:
-            instruction, answer = read_example(row, cfg.form)
+            instruction, answer = read_pair(row, cfg.form)
             prompt, response = encode_example(enc, cfg.form, instruction, answer)
-            if len(prompt) + len(response) > cfg.max_tokens:
+            if len(prompt + response) > cfg.max_tokens:
                 raise ValueError(f"longer than {cfg.max_tokens} tokens")
+            tokens, starts = splits[hash_text(instruction) < cfg.val_fraction]
+            starts.append((len(tokens), len(tokens) + len(prompt)))
+            tokens.extend(prompt + response)
         except ValueError as e:
             skipped.append([f"{path}:{n}", str(e)])
-            continue
-        tokens, starts = splits[hash_text(instruction) < cfg.val_fraction]
-        starts.append((len(tokens), len(tokens) + len(prompt)))
-        tokens.extend(prompt + response)
     for split, (tokens, starts) in zip(SPLITS, splits):
-        write_whole(folder / f"{split}.bin", np.array(tokens, "<u2").tobytes())
-        table = io.BytesIO()
-        np.save(table, np.array(starts, np.int64).reshape(-1, 2))
-        write_whole(folder / f"{split}.examples.npy", table.getvalue())
+        (folder / f"{split}.bin").write_bytes(tokens)
+        np.save(folder / f"{split}.examples.npy", np.array(starts, np.int64).reshape(-1, 2))
     write_meta(folder, enc, cfg, [path], "examples", [len(starts) for _, starts in splits], skipped)
 
 
@@ -780,17 +712,17 @@ def write_examples(folder, enc, cfg):
 def tokenizer_json(enc):
     """The text of a tokenizer.json that gives `enc`'s ids, for Hugging Face's libraries."""
     if isinstance(enc, PublishedTokenizer):
-        return enc.source
-    tokenizers, ranks = import_library("tokenizers"), enc._mergeable_ranks
-    spelled = {token: "".join(LETTERS[b] for b in token) for token in ranks}
-    merges = [(spelled[token[:i]], spelled[token[i:]]) for token in sorted(ranks, key=ranks.get)
-              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-    vocab = {spelled[token]: i for token, i in ranks.items()} | enc._special_tokens
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=True))
-    library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(enc._pat_str), "isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    library.decoder = tokenizers.decoders.ByteLevel()
+        return enc.library.to_str()
+    import_library("tokenizers")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    vocab = {"".join(map(LETTERS.__getitem__, token)): i for token, i in enc._mergeable_ranks.items()}
+    merges = [(token[:i], token[i:]) for token in sorted(vocab, key=vocab.get)
+              for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab]
+    library = Tokenizer(models.BPE(vocab | enc._special_tokens, merges, ignore_merges=True))
+    library.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(enc._pat_str), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    library.decoder = decoders.ByteLevel()
     library.add_special_tokens(list(enc._special_tokens))
     return library.to_str()
 
@@ -799,26 +731,22 @@ def export(cfg):
     """A checkpoint as a folder that Hugging Face's libraries load: weights, config, tokenizer, card."""
     import torch
     from model import GPT
-    folder, source = Path(cfg.export) / "hf", Path(cfg.export) / "ckpt.pt"
-    if not source.is_file():
-        die(f"--export={cfg.export}: it has no ckpt.pt")
     try:
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(f"{cfg.export}/ckpt.pt", "cpu", weights_only=True, mmap=True)
         meta, model = checkpoint["meta"], GPT.from_checkpoint(checkpoint)
+        enc = get_tokenizer(meta["tokenizer"])
     except Exception as e:
-        die(f"{source} is no whole checkpoint of train.py: {str(e).splitlines()[0]}")
-    enc = load_tokenizer(meta["tokenizer"])
+        die(f"--export={cfg.export}: its ckpt.pt or the tokenizer that this names cannot be read: {e!r}")
     if fingerprint(enc) != meta["fingerprint"]:
         die(f"{cfg.export} was trained with another {meta['tokenizer']}: put the old file back")
+    folder = Path(cfg.export) / "hf"
     model.save_pretrained(folder, eos_token_id=enc.eot_token, form=meta["form"])
     write_whole(folder / "tokenizer.json", tokenizer_json(enc).encode())
-    write_whole(folder / "tokenizer_config.json", json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": model.config.block_size}, indent=2).encode())
+    write_whole(folder / "tokenizer_config.json", json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+         "eos_token": EOT, "model_max_length": model.config.block_size}, indent=2).encode())
     write_whole(folder / "README.md", model_card(cfg, checkpoint, model).encode())
-    print(f"prepare.py: {folder}: {model.num_params():,} parameters, step {checkpoint['step']:,}, "
-          f"{meta['form']}")
+    print(f"prepare.py: {folder}: {model.num_params():,} parameters, step {checkpoint['step']:,}")
 
 
 def model_card(cfg, checkpoint, model):
@@ -826,21 +754,18 @@ def model_card(cfg, checkpoint, model):
     name, scores = Path(cfg.export).name, []
     try:
         results = json.loads((Path(cfg.results) / "results.json").read_text())
-        benchmark = Path(results["benchmark"]).stem
-        for run in results["runs"]:
-            if run["model"] == name:
-                scores.append(f"| {benchmark} | {run['temperature']} | " + ", ".join(
-                    f"pass@{k} {100 * score['mean']:.1f} ± {100 * score['standard_error']:.1f}"
-                    for k, score in run["pass@k"].items()) + " |")
-    except (OSError, ValueError, KeyError, TypeError):
+        scores = [f"- {Path(results['benchmark']).stem}, temperature {run['temperature']}: pass@{k} "
+                  f"{100 * score['mean']:.1f} ± {100 * score['standard_error']:.1f}"
+                  for run in results["runs"] if run["model"] == name
+                  for k, score in run["pass@k"].items()]
+    except Exception:
         pass  # no scores
-    head = ["| benchmark | temperature | pass@k |", "|---|---|---|"]
-    table = "\n".join(head + scores) if scores else "None measured yet."
+    scores = "\n".join(scores or ["None measured yet."])
     reads = {"edits": f"an instruction, a new line and `{DIFF}`, and writes a sequence of edits "
                       "(diffs) that put the program together",
              "programs": "an instruction and a new line, and writes a program",
              "text": "text and code, and continues it"}[checkpoint["meta"]["form"]]
-    settings = {**checkpoint["config"], **checkpoint.get("settings", {})}
+    settings = checkpoint["config"] | checkpoint.get("settings", {})
     settings = "\n".join(f"{key} = {value!r}" for key, value in settings.items())
     return f"""---
 library_name: transformers
@@ -858,7 +783,7 @@ mistakes in most of what it writes.
 
 ## Scores (in %, with a standard error over the problems)
 
-{table}
+{scores}
 
 ## The run's configuration
 
@@ -870,47 +795,29 @@ mistakes in most of what it writes.
 
 # -- The command ------------------------------------------------------------------------------------
 
-def examples_file(cfg):
-    """The file that holds the examples of cfg.form; die if it is not there."""
-    key = "dest" if cfg.form == "edits" else "source"
-    path = getattr(cfg, key)
-    if not Path(path).is_file():
-        die(f"form={cfg.form} reads {key}={path}, which is not there; " + (
-            f"python lintseq.py --source={cfg.source} --dest={cfg.dest} writes it"
-            if cfg.form == "edits" else "instruct=… says what to make it from"))
-    return path
-
-
 def main():
     cfg = config.load(Settings)
-    start, folder = time.time(), DATA / cfg.dataset
     if cfg.export:
         return export(cfg)
-    if not (cfg.corpora or cfg.instruct or cfg.form):
+    if not (cfg.corpora or cfg.form or cfg.instruct and cfg.source):
         die("nothing to prepare: give a config file, as in python prepare.py config/demo.py, or "
-            "--corpora=… (files of text); --help lists the keys", 2)
+            "--corpora=… (files of text), or --instruct=… with --source=…; --help lists the keys", 2)
+    folder = DATA / cfg.dataset
     folder.mkdir(parents=True, exist_ok=True)
     lock = config.lock_file(folder / f".lock{RANK}")  # noqa: F841  (held to the end)
-    if cfg.instruct and RANK == 0 and not Path(cfg.source).is_file():
-        print(f"instruction data -> {cfg.source}")
+    new = cfg.instruct and not Path(cfg.source).is_file()
+    if new and RANK == 0:
         write_instruct(cfg)
-        if cfg.form == "edits" and not Path(cfg.dest).is_file():
-            return print(f"next: python lintseq.py, which makes {cfg.dest} of it")
-    if not (cfg.corpora or cfg.form) or RANK > 0 and cfg.form:
-        return
     if (folder / "meta.json").is_file():
-        return print(f"{folder} is there already; delete it to make it anew")
-    if cfg.form:
-        examples_file(cfg)
-    if cfg.tokenizer.endswith(".tiktoken"):
-        if RANK == 0 and not Path(cfg.tokenizer).is_file():
-            print(f"tokenizer -> {cfg.tokenizer}: a BPE of {cfg.bpe_size} entries")
-            train_tokenizer(cfg.tokenizer, tokenizer_texts(cfg), cfg.bpe_size)
-        wait_for(Path(cfg.tokenizer).is_file, "tokenizer")
-    enc = load_tokenizer(cfg.tokenizer)
-    print(f"tokens -> {folder}")
-    (write_examples if cfg.form else write_bins)(folder, enc, cfg)
-    print(f"prepare.py: {time.time() - start:.1f} s")
+        print(f"{folder} is there already; delete it to make it anew")
+    elif cfg.form and RANK == 0:
+        path = cfg.dest if cfg.form == "edits" else cfg.source
+        if not Path(path).is_file():
+            die(f"next {path!r} is needed: lintseq.py makes edits (dest), instruct=… makes pairs "
+                "(source)", status=not new)
+        write_examples(folder, make_tokenizer(cfg), cfg, path)
+    elif cfg.corpora and not cfg.form:
+        write_bins(folder, make_tokenizer(cfg), cfg)
 
 
 if __name__ == "__main__":
