@@ -273,12 +273,12 @@ def ask_hub(function, repo, *args, **where):
     """A function of huggingface_hub, called again where what failed may pass; OSError, with the
     mend, where it does not. The library sees to the cache (HF_HOME), HF_TOKEN and HF_ENDPOINT."""
     hub = import_library("huggingface_hub")
-    page = f"{hub.constants.ENDPOINT}/{'datasets/' * bool(where)}{repo}"
     for attempt in range(TRIES):
         try:
             return getattr(hub, function)(repo, *args, **where)
         except OSError as e:
             error, cause, status = e, e, None
+            page = f"{hub.constants.ENDPOINT}/{'datasets/' * bool(where)}{repo}"
         while cause and not status:
             status = getattr(getattr(cause, "response", None), "status_code", None)
             cause = cause.__cause__
@@ -305,10 +305,10 @@ def download_dataset(name, count=None):
     wait_for(listing.is_file)
     where["revision"], files = json.loads(listing.read_text())
     paths = sorted(files)[:count]
-    check_disk_space(
-        Path(import_library("huggingface_hub").constants.HF_HUB_CACHE), f"downloads of {repo}",
-        sum(files[path] for path in paths
-            if not ask_hub("try_to_load_from_cache", repo, path, **where)))
+    missing = sum(files[path] for path in paths
+                  if not ask_hub("try_to_load_from_cache", repo, path, **where))
+    check_disk_space(Path(import_library("huggingface_hub").constants.HF_HUB_CACHE),
+                     f"downloads of {repo}", missing)
     for path in paths[RANK::WORLD]:
         ask_hub("hf_hub_download", repo, path, **where)
     return [ask_hub("hf_hub_download", repo, path, **where) for path in paths]
@@ -346,9 +346,10 @@ def corpus_files(corpus):
     if corpus == "stdlib":
         return _demo_problems.stdlib_files()
     if name in HUB and not root.exists():
-        return download_dataset(name, int(count) if count.isdigit() else None)
-    files = sorted(path for path in (root, *root.rglob("*"))
-                   if path.is_file() and (path == root or path.name.endswith(KINDS)))
+        files = download_dataset(name, int(count) if count.isdigit() else None)
+    else:
+        files = sorted(path for path in (root, *root.rglob("*"))
+                       if path.is_file() and (path == root or path.name.endswith(KINDS)))
     if not files:
         die(f"corpora: {corpus} is neither stdlib, fineweb, the-stack, nor a file, nor a folder with "
             + " ".join(KINDS))
