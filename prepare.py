@@ -1,4 +1,4 @@
-"""Text to tokens: tokenizers, corpora, instruction data, and the memmapped bins that train.py reads.
+"""Text to tokens: tokenizers, corpora, instruction data, the memmapped bins that train.py reads.
 
     python prepare.py config/demo.py            # a tokenizer, the standard library, small problems
     python prepare.py config/demo_edits.py      # after lintseq.py: edit sequences into a bin
@@ -23,7 +23,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import textwrap
 import time
@@ -52,8 +51,8 @@ class Settings:
     instruct = ()  # stdlib, family, magicoder, starcoder2, files with `instruction`, `response`
     source = ""  # the JSONL of instruction and response that `instruct` becomes, for lintseq.py
     dest = ""  # the JSONL of edit sequences that lintseq.py writes
-    form: ("edits", "programs", "") = ""  # tokenize instruction data: edits (dest), programs (source)
-    benchmark = "data/problems.jsonl"  # where the family's held-out problems go; evaluate.py scores them
+    form: ("edits", "programs", "") = ""  # of examples to tokenize: edits (dest), programs (source)
+    benchmark = "data/problems.jsonl"  # where the family's held-out problems go, for evaluate.py
     family_size = 10_000  # problems of the demo's family to train on
     family_heldout = 200  # and held out
     val_fraction: (0, 0.9) = 0.01  # of the documents or examples, chosen by a hash of their text
@@ -64,11 +63,11 @@ class Settings:
     results = "out-eval"  # evaluate.py's folder, whose scores go into the model card
 
 
-# -- Tokenizers -------------------------------------------------------------------------------------
+# -- Tokenizers -----------------------------------------------------------------------------------
 
 # GPT-4's pattern, changed for small models: a number is one or two digits (never with the space
 # before it: copying one is then always copying one token), a new line is one piece with its
-# indentation and an edit's "+", and what stands between the numbers of a hunk's header is one piece.
+# indentation and an edit's "+", and what stands between a hunk header's numbers is one piece.
 PATTERN = "|".join([
     r"@@ -", r",0 \+", r" @@\n\+ *", r"\n\+? *", r"\p{N}{1,2}",
     r"'(?:[sdmt]|ll|ve|re)", r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+",
@@ -85,11 +84,10 @@ BYTES = {letter: b for b, letter in LETTERS.items()}
 def get_tokenizer(name):
     """A tiktoken.Encoding with the special tokens <|endoftext|> and <|diff|>, from the name of one
     of tiktoken's own encodings (fetched by tiktoken on first use) or a .tiktoken file: a line per
-    token, base64 and rank. Or a PublishedTokenizer, as it is: from a tokenizer.json, a folder with
-    one, or the name of a model on the Hugging Face hub. OSError or ValueError if there is none."""
+    token, base64 and rank. Or a PublishedTokenizer, as it is: from a tokenizer.json, or the name of
+    a model on the Hugging Face hub. OSError or ValueError if there is none."""
     if "/" in name and not name.endswith((".tiktoken", ".json")):
-        name = (f"{name}/tokenizer.json" if Path(name).is_dir()
-                else ask_hub("hf_hub_download", name, "tokenizer.json"))
+        name = ask_hub("hf_hub_download", name, "tokenizer.json")
     if name.endswith(".json"):
         return PublishedTokenizer(name)
     if name.endswith(".tiktoken"):
@@ -104,11 +102,11 @@ def get_tokenizer(name):
     except (OSError, ValueError) as e:
         raise ValueError(
             f"tiktoken does not have it ({type(e).__name__}): it fetches its own encodings "
-            f"({', '.join(tiktoken.list_encoding_names())}) from the network at their first use into "
-            "the folder that TIKTOKEN_CACHE_DIR names; else give a .tiktoken or .json file, or a "
-            "Hugging Face model (owner/name)") from None
+            f"({', '.join(tiktoken.list_encoding_names())}) from the network at their first use "
+            "into the folder that TIKTOKEN_CACHE_DIR names; else give a .tiktoken or .json file, "
+            "or a Hugging Face model (owner/name)") from None
     return tiktoken.Encoding(
-        name + "+diff", pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
+        name, pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
         special_tokens={EOT: base.eot_token, DIFF: base.n_vocab})
 
 
@@ -126,8 +124,8 @@ class PublishedTokenizer:
                 token.content: i for i, token in self.library.get_added_tokens_decoder().items()}
             self.eot_token = self._special_tokens[EOT]
             self._mergeable_ranks = {
-                bytes(map(BYTES.__getitem__, token)): i
-                for token, i in self.library.get_vocab().items() if token not in self._special_tokens}
+                bytes(map(BYTES.__getitem__, token)): i for token, i
+                in self.library.get_vocab().items() if token not in self._special_tokens}
         except Exception as e:  # the library's errors have no type of their own
             raise ValueError(f"{path}: no byte-level BPE with {EOT} ({e})") from None
         token_bytes = {i: token for token, i in self._mergeable_ranks.items()} | {
@@ -150,7 +148,7 @@ class PublishedTokenizer:
 
 
 def fingerprint(enc):
-    """16 hex digits that differ for tokenizers that differ: data and checkpoints must agree on it."""
+    """16 hex digits, others for another tokenizer: data and checkpoints must agree on them."""
     ranks = sorted((rank, token) for token, rank in enc._mergeable_ranks.items())
     return digest(repr((ranks, sorted(enc._special_tokens.items()), enc._pat_str)))
 
@@ -190,7 +188,6 @@ def make_tokenizer(cfg):
     none, or where its numbers do not fit into a bin."""
     if cfg.tokenizer.endswith(".tiktoken"):
         if RANK == 0 and not Path(cfg.tokenizer).is_file():
-            print(f"tokenizer -> {cfg.tokenizer}: a BPE of {cfg.bpe_size} entries")
             train_tokenizer(cfg.tokenizer, tokenizer_texts(cfg), cfg.bpe_size)
         wait_for(Path(cfg.tokenizer).is_file)
     try:
@@ -203,8 +200,8 @@ def make_tokenizer(cfg):
 
 
 # Parts of at most 128 K characters (of 1 M spaces in a row tiktoken's regular expressions die) that
-# give the tokens of the whole: cut between a letter and a new line or space, where every tokenizer's
-# pattern cuts too; anywhere only where there is no such place.
+# give the tokens of the whole: cut between a letter and a new line or space, where every
+# tokenizer's pattern cuts too; anywhere only where there is no such place.
 PARTS = re.compile(r".{1,131072}(?:\Z|(?<=[A-Za-z])(?=[\n ]))|.{1,131072}", re.S)
 
 
@@ -236,8 +233,8 @@ def encode_prompt(enc, form, prompt):
 
 
 def encode_example(enc, form, prompt, answer):
-    """(prompt, response) of a training example, token ids: lintseq.training_text where the answer is
-    an edit path, else the program, behind a new line unless one side has white space already."""
+    """(prompt, response) of a training example, token ids: lintseq.training_text where the answer
+    is an edit path, else the program, behind a new line unless one side has white space already."""
     parts = [answer]
     if form == "edits":
         parts = [part for edit in answer for part in (edit + "\n", Marker(DIFF))]
@@ -247,7 +244,7 @@ def encode_example(enc, form, prompt, answer):
     return encode_prompt(enc, form, prompt), encode_parts(enc, (*parts, Marker(EOT)))
 
 
-# -- The Hugging Face hub ---------------------------------------------------------------------------
+# -- The Hugging Face hub -------------------------------------------------------------------------
 
 HUB = {  # our name: (dataset, the paths that begin so)
     "fineweb": ("HuggingFaceFW/fineweb", "sample/10BT/"),
@@ -284,8 +281,8 @@ def ask_hub(function, repo, *args, **where):
             cause = cause.__cause__
         if status in (401, 403, 404):
             raise FileNotFoundError(
-                f"status {status}: not there, or gated: see {page}, accept its terms there, and set "
-                "HF_TOKEN to a token of that account")
+                f"status {status}: not there, or gated: see {page}, accept its terms there, and "
+                "set HF_TOKEN to a token of that account")
         time.sleep(2 ** attempt)
     raise ConnectionError(f"{page}: {error!r}; the same command goes on from here")
 
@@ -317,7 +314,7 @@ def download_dataset(name, count=None):
 def wait_for(ready):
     """Return when ready(), which rank 0 or others see to, is true."""
     if WORLD > 1 and not ready():
-        print("  waiting for other ranks", flush=True)
+        print("  waiting for other ranks")
         while not ready():
             time.sleep(1)
 
@@ -327,13 +324,13 @@ def check_disk_space(folder, what, wanted):
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if wanted > free:
-        die(f"{what}: needs about {wanted / 1e9:,.2f} GB, and {folder} has {free / 1e9:,.2f} GB free: "
-            "make room, or put a link to a larger disk there")
-    if RANK == 0 and wanted:
-        print(f"  {what}: about {wanted / 1e9:,.2f} GB, {free / 1e9:,.2f} GB free", flush=True)
+        die(f"{what}: needs about {wanted / 1e9:,.2f} GB, and {folder} has {free / 1e9:,.2f} GB "
+            "free: make room, or put a link to a larger disk there")
+    if wanted:
+        print(f"  {what}: about {wanted / 1e9:,.2f} GB, {free / 1e9:,.2f} GB free")
 
 
-# -- Corpora to documents ---------------------------------------------------------------------------
+# -- Corpora to documents -------------------------------------------------------------------------
 
 SHARD = 16 << 20  # bytes of text that one worker tokenizes at a time, and a killed run does again
 KINDS = (".py", ".txt", ".jsonl", ".jsonl.gz", ".parquet")
@@ -351,8 +348,8 @@ def corpus_files(corpus):
         files = sorted(path for path in (root, *root.rglob("*"))
                        if path.is_file() and (path == root or path.name.endswith(KINDS)))
     if not files:
-        die(f"corpora: {corpus} is neither stdlib, fineweb, the-stack, nor a file, nor a folder with "
-            + " ".join(KINDS))
+        die(f"corpora: {corpus} is neither stdlib, fineweb, the-stack, nor a file, nor a folder "
+            "with " + " ".join(KINDS))
     return files
 
 
@@ -383,7 +380,7 @@ def read_span(name, begin, end):
                 yield f"{name}{where}", ValueError("not UTF-8")
             except ValueError as e:
                 yield f"{name}{where}", e
-    except Exception as e:  # there is hardly one that gzip or pyarrow do not raise on a damaged file
+    except Exception as e:  # there is hardly one that a damaged file does not make pyarrow raise
         yield name, ValueError(f"unreadable{Path(name).suffix}: {e!r}")
 
 
@@ -416,9 +413,9 @@ def text_of_row(line):
 
 def read_text(name, begin, end):
     with open(name, encoding="utf-8-sig") as f:
-        yield "", "".join(f.readlines(SHARD // 2))
-        while lines := f.readlines(SHARD // 2):  # a long text becomes several documents
-            yield "", "".join(lines)
+        yield "", f.read(SHARD // 2) + f.readline(SHARD // 2)
+        while text := f.read(SHARD // 2):  # a long text becomes several documents
+            yield "", text + f.readline(SHARD // 2)
 
 
 def documents(corpus):
@@ -429,11 +426,11 @@ def documents(corpus):
 
 
 def hash_text(text):
-    """A number in [0, 1) that decides by the text alone whether it belongs to the validation set."""
+    """A number in [0, 1), by which a text is held out or not, whatever stands around it."""
     return int(digest(text), 16) / 2 ** 64
 
 
-# -- Documents to bins ------------------------------------------------------------------------------
+# -- Documents to bins ----------------------------------------------------------------------------
 
 def plan_shards(corpora):
     """[[bytes of text, [[path, begin, end], …]], …], each of about SHARD bytes."""
@@ -449,12 +446,9 @@ def plan_shards(corpora):
 
 
 def start_tokenizing(tokenizer):
-    """What each worker does first: its tokenizer, and a bound of its memory. What does not fit, as a
-    page of Parquet of 1 GB, is then skipped and listed."""
+    """What each worker does first."""
     global _enc
     _enc = get_tokenizer(tokenizer)
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, most))
 
 
 def tokenize_shard(done, spans, val_fraction):
@@ -493,18 +487,16 @@ def write_bins(folder, enc, cfg):
     with config.start_pool(cfg.workers, start_tokenizing, cfg.tokenizer) as pool:
         mine = slice(RANK, None, WORLD)
         jobs = pool.map(tokenize_shard, done[mine], shards[mine], [cfg.val_fraction] * len(shards))
-        for _ in tqdm(jobs, "tokenizing", len(done[mine]), unit="shard"):
+        for _ in tqdm(jobs, "tokenizing", len(done[mine])):
             pass
     if RANK == 0:
         wait_for(lambda: all(path.is_file() for path in done))
         join_shards(folder, enc, cfg, [json.loads(path.read_text()) for path in done])
-        for old in folder.glob("shards-*"):
-            shutil.rmtree(old)
 
 
 def join_shards(folder, enc, cfg, shards):
-    """Lay the shards' tokens end to end in folder/{train,val}.bin. Where there are too few documents
-    to hold out one, the end of the tokens is held out."""
+    """Lay the shards' tokens end to end in folder/{train,val}.bin. Where there are too few
+    documents to hold out one, the end of the tokens is held out."""
     names, counts, skipped = zip(*shards)
     counts, bins = [*map(sum, zip(*counts))], [folder / f"{split}.bin" for split in SPLITS]
     for bin, parts in zip(bins, zip(*names)):
@@ -515,7 +507,8 @@ def join_shards(folder, enc, cfg, shards):
     if cfg.val_fraction and (sum(counts) * cfg.val_fraction < 1 or 0 in counts):
         tokens = np.concatenate([np.fromfile(bin, "<u2") for bin in bins])
         n = max(1, int(len(tokens) * cfg.val_fraction), min(len(tokens) // 10, 4096))
-        print(f"  {sum(counts)} documents are too few to hold out some: the last {n:,} tokens are")
+        print(f"  {sum(counts)} documents are too few to hold out one: the last {n:,} tokens are")
+        counts = [sum(counts), 0]
         for bin, part in zip(bins, np.split(tokens, [-n])):
             part.tofile(bin)
     write_meta(folder, enc, cfg, cfg.corpora, "documents", counts, sum(skipped, []))
@@ -531,11 +524,9 @@ def write_meta(folder, enc, cfg, sources, what, counts, skipped):
         tokens = os.path.getsize(folder / f"{split}.bin") // 2
         meta[split] = {"tokens": tokens, what: count}
         print(f"  {split}: {tokens:,} tokens, {count:,} {what}")
-        if not tokens:
-            (die if split == "train" else print)(
-                f"nothing to {split} on; {folder}/skipped.jsonl lists what was skipped")
     os.sync()
-    write_whole(folder / "meta.json", json.dumps(meta, indent=2).encode())
+    if meta["train"]["tokens"]:
+        write_whole(folder / "meta.json", json.dumps(meta, indent=2).encode())
 
 
 def write_jsonl(path, rows):
@@ -551,7 +542,7 @@ def write_skipped(path, skipped):
     return counts
 
 
-# -- Instruction pairs ------------------------------------------------------------------------------
+# -- Instruction pairs ----------------------------------------------------------------------------
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.M | re.S)
 
@@ -637,9 +628,9 @@ def contamination_test():
 
 
 def near_duplicate_test():
-    """A test for a text: does it share 70% of its runs of five words with one before it (The Stack's
-    measure)? Looked at are those that share one of the 16 runs whose hashes are smallest (MinHash);
-    runs that 50 texts have lead nowhere."""
+    """A test for a text: does it share 70% of its runs of five words with one before it (The
+    Stack's measure)? Looked at are those that share one of the 16 runs whose hashes are smallest
+    (MinHash); a run that 50 texts have leads nowhere."""
     kept, holders = [], {}
 
     def is_near_duplicate(text):
@@ -660,14 +651,14 @@ def near_duplicate_test():
 
 
 def write_instruct(cfg):
-    """Write cfg.source (pairs) and, with the family, cfg.benchmark (its held-out problems). Repeated
-    responses go; of the hub's data near duplicates and what the benchmarks hold go too."""
+    """Write cfg.source (pairs) and, with the family, cfg.benchmark (its held-out problems).
+    Repeated responses go; of the hub's data near duplicates and what the benchmarks hold go too."""
     pairs, skipped, tests = {}, [], {}
     for name in cfg.instruct:
         if name in HUB and not tests:
             tests = {"with text of HumanEval or MBPP": contamination_test(),
                      "near duplicate": near_duplicate_test()}
-        for n, row in tqdm(instruct_rows(name, cfg), name, mininterval=1):
+        for n, row in tqdm(instruct_rows(name, cfg), name):
             try:
                 instruction, response = read_hub_pair(row, name) if name in HUB else read_pair(row)
                 if response in pairs:
@@ -685,13 +676,13 @@ def write_instruct(cfg):
     write_jsonl(cfg.source, pairs)
 
 
-# -- Examples to bins -------------------------------------------------------------------------------
+# -- Examples to bins -----------------------------------------------------------------------------
 
 def write_examples(folder, enc, cfg, path):
     """Tokenize the examples in a file, of the form cfg.form, into folder/{train,val}.bin and
     .examples.npy."""
     splits, skipped = [(array("H"), []) for _ in SPLITS], []  # tokens, where each example begins
-    for n, row in tqdm(config.read_rows(path), "tokenizing", mininterval=1):
+    for n, row in tqdm(config.read_rows(path), "tokenizing"):
         try:
             instruction, answer = read_pair(row, cfg.form)
             prompt, response = encode_example(enc, cfg.form, instruction, answer)
@@ -708,7 +699,7 @@ def write_examples(folder, enc, cfg, path):
     write_meta(folder, enc, cfg, [path], "examples", [len(starts) for _, starts in splits], skipped)
 
 
-# -- Export -----------------------------------------------------------------------------------------
+# -- Export ---------------------------------------------------------------------------------------
 
 def tokenizer_json(enc):
     """The text of a tokenizer.json that gives `enc`'s ids, for Hugging Face's libraries."""
@@ -716,7 +707,8 @@ def tokenizer_json(enc):
         return enc.library.to_str()
     import_library("tokenizers")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    vocab = {"".join(map(LETTERS.__getitem__, token)): i for token, i in enc._mergeable_ranks.items()}
+    vocab = {"".join(map(LETTERS.__getitem__, token)): i
+             for token, i in enc._mergeable_ranks.items()}
     merges = [(token[:i], token[i:]) for token in sorted(vocab, key=vocab.get)
               for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab]
     library = Tokenizer(models.BPE(vocab | enc._special_tokens, merges, ignore_merges=True))
@@ -729,15 +721,17 @@ def tokenizer_json(enc):
 
 
 def export(cfg):
-    """A checkpoint as a folder that Hugging Face's libraries load: weights, config, tokenizer, card."""
+    """A checkpoint as a folder that Hugging Face's libraries load: weights, config, tokenizer and a
+    model card."""
     import torch
     from model import GPT
     try:
-        checkpoint = torch.load(f"{cfg.export}/ckpt.pt", "cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(f"{cfg.export}/ckpt.pt", "cpu", weights_only=True)
         meta, model = checkpoint["meta"], GPT.from_checkpoint(checkpoint)
         enc = get_tokenizer(meta["tokenizer"])
     except Exception as e:
-        die(f"--export={cfg.export}: its ckpt.pt or the tokenizer that this names cannot be read: {e!r}")
+        die(f"--export={cfg.export}: its ckpt.pt, or the tokenizer in that, cannot be read: "
+            f"{(str(e) or repr(e)).splitlines()[0]}")
     if fingerprint(enc) != meta["fingerprint"]:
         die(f"{cfg.export} was trained with another {meta['tokenizer']}: put the old file back")
     folder = Path(cfg.export) / "hf"
@@ -745,7 +739,7 @@ def export(cfg):
     write_whole(folder / "tokenizer.json", tokenizer_json(enc).encode())
     write_whole(folder / "tokenizer_config.json", json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-         "eos_token": EOT, "model_max_length": model.config.block_size}, indent=2).encode())
+         "eos_token": EOT, "model_max_length": model.config.block_size}).encode())
     write_whole(folder / "README.md", model_card(cfg, checkpoint, model).encode())
     print(f"prepare.py: {folder}: {model.num_params():,} parameters, step {checkpoint['step']:,}")
 
@@ -755,8 +749,8 @@ def model_card(cfg, checkpoint, model):
     name, scores = Path(cfg.export).name, []
     try:
         results = json.loads((Path(cfg.results) / "results.json").read_text())
-        scores = [f"- {Path(results['benchmark']).stem}, temperature {run['temperature']}: pass@{k} "
-                  f"{100 * score['mean']:.1f} ± {100 * score['standard_error']:.1f}"
+        scores = [f"- {Path(results['benchmark']).stem}, temperature {run['temperature']}: "
+                  f"pass@{k} {100 * score['mean']:.1f} ± {100 * score['standard_error']:.1f}"
                   for run in results["runs"] if run["model"] == name
                   for k, score in run["pass@k"].items()]
     except Exception:
@@ -794,7 +788,7 @@ mistakes in most of what it writes.
 """
 
 
-# -- The command ------------------------------------------------------------------------------------
+# -- The command ----------------------------------------------------------------------------------
 
 def main():
     cfg = config.load(Settings)
@@ -802,23 +796,29 @@ def main():
         return export(cfg)
     if not (cfg.corpora or cfg.form or cfg.instruct and cfg.source):
         die("nothing to prepare: give a config file, as in python prepare.py config/demo.py, or "
-            "--corpora=… (files of text), or --instruct=… with --source=…; --help lists the keys", 2)
+            "--corpora=… (files of text), or --instruct=… with --source=…; --help lists all", 2)
     folder = DATA / cfg.dataset
     folder.mkdir(parents=True, exist_ok=True)
     lock = config.lock_file(folder / f".lock{RANK}")  # noqa: F841  (held to the end)
     new = cfg.instruct and not Path(cfg.source).is_file()
     if new and RANK == 0:
         write_instruct(cfg)
-    if (folder / "meta.json").is_file():
+    done = folder / "meta.json"
+    if done.is_file():
         print(f"{folder} is there already; delete it to make it anew")
     elif cfg.form and RANK == 0:
         path = cfg.dest if cfg.form == "edits" else cfg.source
         if not Path(path).is_file():
             die(f"next {path!r} is needed: lintseq.py makes edits (dest), instruct=… makes pairs "
-                "(source)", status=not new)
+                "(source)", not new)
         write_examples(folder, make_tokenizer(cfg), cfg, path)
     elif cfg.corpora and not cfg.form:
         write_bins(folder, make_tokenizer(cfg), cfg)
+    if RANK == 0 and (cfg.corpora or cfg.form):
+        for old in folder.glob("shards-*"):
+            shutil.rmtree(old)
+        if not done.is_file():
+            die(f"nothing to train on: {folder}/skipped.jsonl lists what was skipped")
 
 
 if __name__ == "__main__":

@@ -162,14 +162,50 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub that the scripts started from here ask, with an empty cache, in an empty folder."""
-    pytest.importorskip("huggingface_hub")
+    """A Hub that this process and the scripts it starts ask, an empty cache, an empty folder."""
+    constants = pytest.importorskip("huggingface_hub.constants")
     hub = Hub()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name, value in (  # what the library has read from the environment in this process
+            ("ENDPOINT", hub.url), ("HF_HUB_CACHE", str(tmp_path / "hf/hub")),
+            ("HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")):
+        monkeypatch.setattr(constants, name, value)
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The texts of this Python's standard library."""
+    import prepare
+    return [text for _, text in prepare.documents("stdlib")]
+
+
+@pytest.fixture(scope="session")
+def neox(tmp_path_factory, library):
+    """A tokenizer.json made as GPT-NeoX's and OLMo's: NFC, ByteLevel, runs of spaces and masks as
+    added tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.normalizer = tokenizers.normalizers.NFC()
+    t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=3000, special_tokens=["|||IP_ADDRESS|||", "<|padding|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    t.train_from_iterator(library[:250] + ["東京 café naïve 🙂 Ελληνικά русский"] * 50, trainer)
+    t.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
+    t.add_tokens([tokenizers.AddedToken(m, normalized=False)
+                  for m in ("|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||")])
+    t.add_special_tokens(["<|endoftext|>"])
+    folder = tmp_path_factory.mktemp("neox")
+    t.save(str(folder / "tokenizer.json"))
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["added_tokens"][0]["special"] = False  # the mask at 0 is no special token in OLMo's
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    return folder
