@@ -72,8 +72,8 @@ PATTERN = "|".join([
     r"@@ -", r",0 \+", r" @@\n\+ *", r"\n\+? *", r"\p{N}{1,2}",
     r"'(?:[sdmt]|ll|ve|re)", r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+",
     r"\s+?(?=\n|\S)", r"\s+"])
-GPT2_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
-                r"|\s+(?!\S)|\s+")  # what tokenizers' "ByteLevel" splits by
+# what tokenizers' "ByteLevel" splits by
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # GPT-2's way to write any byte as a printable character
 _hidden = [b for b in range(256) if not (33 <= b < 127 or 161 <= b != 173)]
@@ -273,7 +273,9 @@ def ask_hub(function, repo, *args, **where):
     for attempt in range(TRIES):
         try:
             return getattr(hub, function)(repo, *args, **where)
-        except OSError as e:
+        except ValueError:  # no name of a repository
+            raise
+        except Exception as e:  # the library's are OSErrors, but not those of its transport
             error, cause, status = e, e, None
             page = f"{hub.constants.ENDPOINT}/{'datasets/' * bool(where)}{repo}"
         while cause and not status:
@@ -349,7 +351,7 @@ def corpus_files(corpus):
                        if path.is_file() and (path == root or path.name.endswith(KINDS)))
     if not files:
         die(f"corpora: {corpus} is neither stdlib, fineweb, the-stack, nor a file, nor a folder "
-            "with " + " ".join(KINDS))
+            f"with {' '.join(KINDS)}")
     return files
 
 

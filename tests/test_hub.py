@@ -52,7 +52,8 @@ def documents_of(folder, tokenizer):
 
 
 def gets(hub):
-    return [path for method, path, _ in hub.requests if method == "GET" and path.startswith("/cdn/")]
+    return [path for method, path, _ in hub.requests
+            if method == "GET" and path.startswith("/cdn/")]
 
 
 ARGS = ("--dataset=x", "--val_fraction=0.2")
@@ -103,7 +104,8 @@ def test_what_is_not_there_and_a_server_that_never_recovers(hub, tokenizer, monk
     for corpus, name, told in (("fineweb", tokenizer, "status 404"), (
             "a.txt", "owner/nothing", "tokenizer=owner/nothing: status 404")):
         Path("a.txt").write_text("text")
-        status, out, err = run("prepare.py", f"--corpora={corpus}", f"--tokenizer={name}", *ARGS, cwd=".")
+        args = ("prepare.py", f"--corpora={corpus}", f"--tokenizer={name}", *ARGS)
+        status, out, err = run(*args, cwd=".")
         assert status == 1 and told in err and err.count("\n") == 1
     hub.files[f"{FINEWEB}0.parquet"] = parquet("text", texts(9))
     hub.faults[f"/cdn/{FINEWEB}0.parquet"] = [500] * 99
@@ -112,7 +114,8 @@ def test_what_is_not_there_and_a_server_that_never_recovers(hub, tokenizer, monk
         [sys.executable, "-c", code, "--corpora=fineweb", f"--tokenizer={tokenizer}", *ARGS],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     last = process.stderr.splitlines()[-1]
-    assert process.returncode == 1 and "the same command goes on from here" in last and "500" in last
+    assert process.returncode == 1 and "the same command goes on from here" in last
+    assert "500" in last
     assert f"{hub.url}/datasets/HuggingFaceFW/fineweb" in last and "Traceback" not in process.stderr
 
 
@@ -170,7 +173,8 @@ def test_a_models_tokenizer_comes_by_its_name(hub):
     library.train_from_iterator(texts(50), trainer)
     hub.files["models/owner/name/tokenizer.json"] = library.to_str().encode()
     Path("a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(30)))
-    status, out, err = run("prepare.py", "--corpora=a.jsonl", "--tokenizer=owner/name", *ARGS, cwd=".")
+    args = ("prepare.py", "--corpora=a.jsonl", "--tokenizer=owner/name", *ARGS)
+    status, out, err = run(*args, cwd=".")
     assert status == 0, err
     meta = json.loads(Path("data/x/meta.json").read_text())
     assert meta["tokenizer"] == "owner/name" and meta["vocab_size"] == library.get_vocab_size()
@@ -188,7 +192,8 @@ def test_a_missing_library_is_named_with_its_pip_install(tmp_path, tokenizer, li
     code = (f"import sys; sys.modules['{library}'] = None; import config, prepare; "
             "config.run(prepare.main)")
     process = subprocess.run(
-        [sys.executable, "-c", code, "--corpora=a.parquet", f"--tokenizer={tokenizer}", *ARGS, *args],
+        [sys.executable, "-c", code, "--corpora=a.parquet", f"--tokenizer={tokenizer}", *ARGS,
+         *args],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 1 and process.stderr.count("\n") == 1
     assert f"pip install {library}" in process.stderr

@@ -50,7 +50,7 @@ def texts_of(folder, enc):
     return found
 
 
-# -- Corpora ----------------------------------------------------------------------------------------
+# -- Corpora --------------------------------------------------------------------------------------
 
 def test_every_format_and_what_is_broken_in_it(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,8 @@ def test_every_format_and_what_is_broken_in_it(tokenizer, tmp_path, monkeypatch)
               "[" * 100_000]
     lines = [line for pair in zip(rows, broken) for line in pair] + [broken[7]]
     (place / "c.jsonl").write_text("\n".join(lines))
-    (place / "c_bytes.jsonl").write_bytes(b'{"text": "caf\xe9"}\n' + json.dumps({"text": g[9]}).encode())
+    last = json.dumps({"text": g[9]}).encode()  # without a new line
+    (place / "c_bytes.jsonl").write_bytes(b'{"text": "caf\xe9"}\n' + last)
     with gzip.open(place / "d.jsonl.gz", "wt") as f:
         f.write("\n".join(json.dumps({"text": t}) for t in g[10:15]))
     cut = "".join(json.dumps({"text": t}) + "\n" for t in g[15:18]) + noise(50_000).hex()
@@ -92,7 +93,8 @@ def test_every_format_and_what_is_broken_in_it(tokenizer, tmp_path, monkeypatch)
     everything = [text.replace("\r\n", "\n") for text in found["train"] + found["val"]]
     assert set(everything) >= {text.replace("\r\n", "\n") for text in g} and "fine" in everything
     for split in found:
-        assert meta[split] == {"tokens": len(bins(Path("data/x"))[split]), "documents": len(found[split])}
+        assert meta[split] == {"tokens": len(bins(Path("data/x"))[split]),
+                               "documents": len(found[split])}
         assert all((prepare.hash_text(t) < 0.25) == (split == "val") for t in found[split])
     assert len(found["val"]) > 3
     listed = [json.loads(line) for line in Path("data/x/skipped.jsonl").open()]
@@ -105,8 +107,10 @@ def test_every_format_and_what_is_broken_in_it(tokenizer, tmp_path, monkeypatch)
     assert sorted(reasons.pop("no text")) == ["c.jsonl"] * 3 + ["empty.txt"] + ["g.parquet"] * 2
     assert reasons.pop("not JSON") + reasons.pop("not a JSON object") == ["c.jsonl"] * 3
     assert {n for names in reasons.values() for n in names} == {
-        "a_latin.py", "e_cut.jsonl.gz", "i_cut.parquet", "j.parquet", "j_numbers.parquet", "k.parquet"}
-    assert all(reason.startswith("unreadable.") for reason in reasons) and "unreadable.parquet" in out
+        "a_latin.py", "e_cut.jsonl.gz", "i_cut.parquet", "j.parquet", "j_numbers.parquet",
+        "k.parquet"}
+    assert all(reason.startswith("unreadable.") for reason in reasons)
+    assert "unreadable.parquet" in out
     assert not list(Path("data/x").glob("shards*"))
 
 
@@ -124,7 +128,8 @@ def test_few_documents_are_split_within(tokenizer, tmp_path, documents, val_frac
         (tmp_path / f"text/input{i}.txt").write_text(words(4000 // documents, i))
     corpus = "text/input0.txt" if documents == 1 else "text"
     status, out, err = run("prepare.py", f"--corpora={corpus}", "--tokenizer=own.tiktoken",
-                           f"--val_fraction={val_fraction}", "--bpe_size=300", "--dataset=x", cwd=tmp_path)
+                           f"--val_fraction={val_fraction}", "--bpe_size=300", "--dataset=x",
+                           cwd=tmp_path)
     assert status == 0, err
     enc, found = prepare.get_tokenizer(str(tmp_path / "own.tiktoken")), bins(tmp_path / "data/x")
     meta = json.loads((tmp_path / "data/x/meta.json").read_text())
@@ -148,14 +153,15 @@ def test_nothing_to_validate_on_is_said_and_nothing_to_train_on_refused(tokenize
     (tmp_path / "none").mkdir()
     args = (f"--tokenizer={tokenizer}", "--dataset=x")
     for corpus, message in (("bad", "nothing to train on: data/x/skipped.jsonl lists"),
-                            ("none", "corpora: none is neither stdlib"), ("gone.txt", "corpora: gone.txt is")):
+                            ("none", "corpora: none is neither stdlib"),
+                            ("gone.txt", "corpora: gone.txt is")):
         status, out, err = run("prepare.py", f"--corpora={corpus}", *args, cwd=tmp_path)
         assert status == 1 and message in err.splitlines()[-1] and "Traceback" not in err
         assert not (tmp_path / "data/x/meta.json").exists()
     (tmp_path / "bad/a.txt").write_bytes(b"cafe")  # mended, and of the same size
     assert run("prepare.py", "--corpora=bad", *args, cwd=tmp_path)[0] == 0
-    status, out, err = run("prepare.py", "--corpora=a.txt", "--val_fraction=0", args[0], "--dataset=y",
-                           cwd=tmp_path)
+    status, out, err = run("prepare.py", "--corpora=a.txt", "--val_fraction=0", args[0],
+                           "--dataset=y", cwd=tmp_path)
     assert status == 0 and "val: 0 tokens, 0 documents" in out
 
 
@@ -319,10 +325,11 @@ def test_memory_does_not_grow_with_the_corpus(tokenizer, tmp_path, monkeypatch):
     with open("a/longer.jsonl", "w") as f:  # a row of 6 MB, and one in characters of four bytes
         f.write('{"text": "' + "x y z " * 1_000_000 + '"}\n')
         f.write(json.dumps({"text": "\U0001f642 " + "x " * 500_000}, ensure_ascii=False))
-    parquet("a/many.parquet", "text", [f"{i}\n" + line * 10_000 for i in range(30)])  # one row group
+    parquet("a/many.parquet", "text", [f"{i}\n" + line * 10_000 for i in range(30)])
     process = subprocess.run(
         [sys.executable, "-c", PEAK, f"--tokenizer={tokenizer}", "--dataset=x", "--corpora=a",
-         "--workers=2"], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+         "--workers=2"], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True)
     assert process.returncode == 0, process.stderr
     meta = json.loads(Path("data/x/meta.json").read_text())
     assert meta["train"]["documents"] + meta["val"]["documents"] == 3 + 2 + 30
@@ -337,8 +344,8 @@ def test_tokenizers_that_cannot_be_had(tmp_path, monkeypatch):
         monkeypatch.setenv(key, "http://127.0.0.1:9")
     for name, message in (("p50k_base", "from the network at their first use"),
                           ("p50k_bas", "p50k_base, "), ("none.json", "No such file")):
-        status, out, err = run("prepare.py", "--corpora=a.txt", f"--tokenizer={name}", "--dataset=x",
-                               cwd=".")
+        status, out, err = run("prepare.py", "--corpora=a.txt", f"--tokenizer={name}",
+                               "--dataset=x", cwd=".")
         assert status == 1 and err.startswith(f"prepare.py: tokenizer={name}: ") and message in err
         assert err.count("\n") == 1, err
 
@@ -349,12 +356,12 @@ def test_a_tokenizer_too_large_for_16_bits(tmp_path, tokenizer):
                     for i in range(len(lines.splitlines()), 65_600))
     (tmp_path / "large.tiktoken").write_text(lines + extra)
     (tmp_path / "a.txt").write_text("text")
-    status, out, err = run("prepare.py", "--corpora=a.txt", "--tokenizer=large.tiktoken", "--dataset=x",
-                           cwd=tmp_path)
+    status, out, err = run("prepare.py", "--corpora=a.txt", "--tokenizer=large.tiktoken",
+                           "--dataset=x", cwd=tmp_path)
     assert status == 1 and "65,602 entries" in err and err.count("\n") == 1
 
 
-# -- Instruction data -------------------------------------------------------------------------------
+# -- Instruction data -----------------------------------------------------------------------------
 
 def test_code_of_markdown():
     text = "Here:\n```python\nx = 1\n```\nand\n```py\ny = 2\n```\n```bash\nls\n```"
@@ -378,13 +385,14 @@ def problem(i):
 
 HUMANEVAL = {
     "task_id": "HumanEval/0",
-    "prompt": 'def has_close_elements(numbers):\n    """ Check if in given list of numbers, are any two '
-              'numbers closer to each other than given threshold.\n    """\n',
+    "prompt": 'def has_close_elements(numbers):\n    """ Check if in given list of numbers, are any '
+              'two numbers closer to each other than given threshold.\n    """\n',
     "canonical_solution": "    for idx, elem in enumerate(numbers):\n"
                           "        for idx2, elem2 in enumerate(numbers):\n"
-                          "            if idx != idx2:\n                distance = abs(elem - elem2)\n"
-                          "                if distance < threshold:\n                    return True\n"
-                          "\n    return False\n"}
+                          "            if idx != idx2:\n"
+                          "                distance = abs(elem - elem2)\n"
+                          "                if distance < threshold:\n"
+                          "                    return True\n\n    return False\n"}
 MBPP = {"task_id": 11, "text": "Write a python function to shift the zebras left.",
         "code": "def zebra(a):\n    return a[::-1]"}
 
@@ -395,15 +403,15 @@ def test_instruct_is_clean(hub):
     near = clean[3][1].replace(clean[3][1].split()[-1], "other", 1)
     magicoder = [{"lang": "python", "problem": q, "solution": fence(a)} for q, a in clean[:20]] + [
         {"lang": "rust", "problem": "q", "solution": "```rust\nfn main() {}\n```"},
-        {"lang": "python", "problem": "another question", "solution": fence(clean[0][1])},  # a repeat
+        {"lang": "python", "problem": "a repeated answer", "solution": fence(clean[0][1])},
         {"lang": "python", "problem": clean[3][0], "solution": fence(near)},
-        {"lang": "python", "problem": "Please, CHECK if in given list of numbers, are any two numbers "
-                                      "closer to each other.",
+        {"lang": "python", "problem": "Please, CHECK if in given list of numbers, are any two "
+                                      "numbers closer to each other.",
          "solution": fence("def g(n):\n    return n\n")},
         {"lang": "python", "problem": "Explain", "solution": "No code here."}, {"lang": "python"}]
     lines = [json.dumps(r) for r in magicoder]
-    hub.files["datasets/ise-uiuc/Magicoder-OSS-Instruct-75K/data-oss_instruct-decontaminated.jsonl"] = (
-        "\n".join(lines + ["{"]).encode())
+    hub.files["datasets/ise-uiuc/Magicoder-OSS-Instruct-75K/"
+              "data-oss_instruct-decontaminated.jsonl"] = "\n".join(lines + ["{"]).encode()
     starcoder = [{"instruction": q, "response": fence(a)} for q, a in clean[15:]] + [
         {"instruction": "Do that: Write a python function to shift the zebras left. Thanks.",
          "response": fence("x = 7\n")},
@@ -417,8 +425,8 @@ def test_instruct_is_clean(hub):
             ("google-research-datasets/mbpp/full/test-00000-of-00001", [MBPP])):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "t.parquet")
         hub.files[f"datasets/{name}.parquet"] = Path("t.parquet").read_bytes()
-    status, out, err = run("prepare.py", "--instruct=magicoder,starcoder2", "--source=instruct.jsonl",
-                           cwd=".")
+    status, out, err = run("prepare.py", "--instruct=magicoder,starcoder2",
+                           "--source=instruct.jsonl", cwd=".")
     assert status == 0, err
     rows = [json.loads(line) for line in Path("instruct.jsonl").open()]
     assert sorted((r["instruction"], r["response"]) for r in rows) == sorted(
@@ -428,7 +436,8 @@ def test_instruct_is_clean(hub):
     assert reasons == sorted([
         ("magicoder", "of another language"), ("magicoder", "repeated response"),
         ("magicoder", "near duplicate"), ("magicoder", "with text of HumanEval or MBPP"),
-        ("magicoder", "without code"), ("magicoder", "no problem and solution"), ("magicoder", "not JSON"),
+        ("magicoder", "without code"), ("magicoder", "no problem and solution"),
+        ("magicoder", "not JSON"),
         *[("starcoder2", "repeated response")] * 5,
         *[("starcoder2", "with text of HumanEval or MBPP")] * 2])
     assert "31 pairs" in out and "skipped 6: repeated response" in out
@@ -460,30 +469,34 @@ def test_near_duplicates_are_those_that_share_70_percent_of_their_runs():
 
 
 BROKEN = ["{", "[1]", '{"instruction": "x"}', '{"instruction": 5, "response": "y = 1"}',
-          '{"instruction": "x", "response": ""}', '{"instruction": "x \\ud800", "response": "y = 1"}']
+          '{"instruction": "x", "response": ""}',
+          '{"instruction": "x \\ud800", "response": "y = 1"}']
 
 
 def test_rows_have_the_same_fate_everywhere(tokenizer, tmp_path):
-    """What lintseq.py takes, prepare.py takes; what it skips is skipped, counted and listed, too."""
+    """What lintseq.py takes, prepare.py takes; what it skips is skipped, counted and listed."""
     pairs = [{"instruction": f"row {i}", "response": f"a = {i}\nb = 'c'"} for i in range(20)]
     rows = [json.dumps(pair) for pair in pairs]
     (tmp_path / "a.jsonl").write_text("\n".join(rows[:10] + BROKEN + [""] + rows[10:]))
     args = (f"--tokenizer={tokenizer}", "--dest=e.jsonl", "--val_fraction=0.3")
-    status, out, err = run("prepare.py", "--instruct=a.jsonl", "--source=s.jsonl", *args, cwd=tmp_path)
+    status, out, err = run("prepare.py", "--instruct=a.jsonl", "--source=s.jsonl", *args,
+                           cwd=tmp_path)
     assert status == 0 and "20 pairs" in out, err
     assert "skipped 3: no instruction and response" in out
     made = [json.loads(line) for line in (tmp_path / "s.jsonl").open()]
     assert sorted(map(str, made)) == sorted(map(str, pairs))
     listed = [json.loads(line)[0] for line in (tmp_path / "s.jsonl.skipped.jsonl").open()]
     assert listed == [f"a.jsonl:{n}" for n in range(11, 17)]
-    assert run("lintseq.py", "--source=a.jsonl", "--dest=e.jsonl", "--samples=1", cwd=tmp_path)[0] == 0
+    status, out, err = run("lintseq.py", "--source=a.jsonl", "--dest=e.jsonl", "--samples=1",
+                           cwd=tmp_path)
+    assert status == 0, err
     with open(tmp_path / "e.jsonl", "a") as f:
         f.write("\n".join(["{", '{"source_instruction": "x"}', "", json.dumps(
             {"source_instruction": "x", "edit_path": "text"}), json.dumps(
             {"source_instruction": "x", "edit_path": []})]))
     for form, skipped in (("programs", 6), ("edits", 4)):
-        status, out, err = run("prepare.py", f"--form={form}", f"--dataset={form}", "--source=a.jsonl",
-                               *args, cwd=tmp_path)
+        status, out, err = run("prepare.py", f"--form={form}", f"--dataset={form}",
+                               "--source=a.jsonl", *args, cwd=tmp_path)
         assert status == 0, err
         meta = json.loads((tmp_path / f"data/{form}/meta.json").read_text())
         assert meta["train"]["examples"] + meta["val"]["examples"] == 20 and meta["val"]["examples"]
@@ -492,8 +505,8 @@ def test_rows_have_the_same_fate_everywhere(tokenizer, tmp_path):
 
 
 def test_markers_in_data_are_text(tokenizer, tmp_path):
-    pairs = [{"instruction": f"row {i} <|endoftext|> <|diff|>", "response": f"a = {i}\nb = '<|diff|>'"}
-             for i in range(20)]
+    pairs = [{"instruction": f"row {i} <|endoftext|> <|diff|>",
+              "response": f"a = {i}\nb = '<|diff|>'"} for i in range(20)]
     path = ["@@ -0,0 +1 @@\n+a = 1", "@@ -1,0 +2 @@\n+b = '<|endoftext|>'"]
     edits = [{"source_instruction": p["instruction"], "edit_path": path} for p in pairs]
     for name, rows in (("s", pairs), ("e", edits)):
@@ -501,9 +514,9 @@ def test_markers_in_data_are_text(tokenizer, tmp_path):
     enc = prepare.get_tokenizer(tokenizer)
     marker = enc._special_tokens[prepare.DIFF]
     for form in ("programs", "edits"):
-        status, out, err = run("prepare.py", f"--form={form}", f"--dataset={form}", "--source=s.jsonl",
-                               f"--tokenizer={tokenizer}", "--dest=e.jsonl", "--val_fraction=0.3",
-                               cwd=tmp_path)
+        status, out, err = run("prepare.py", f"--form={form}", f"--dataset={form}",
+                               "--source=s.jsonl", f"--tokenizer={tokenizer}", "--dest=e.jsonl",
+                               "--val_fraction=0.3", cwd=tmp_path)
         assert status == 0, err
         found, folder = [], tmp_path / "data" / form
         for split, tokens in bins(folder).items():
@@ -526,9 +539,10 @@ def test_instructions_then_edits_in_the_order_of_the_readme(tokenizer, tmp_path)
     args = ("--instruct=a.jsonl", "--source=s.jsonl", "--dest=e.jsonl", "--form=edits",
             f"--tokenizer={tokenizer}", "--dataset=x")
     status, out, err = run("prepare.py", *args, cwd=tmp_path)
-    assert status == 0 and "lintseq.py" in err and (tmp_path / "s.jsonl").exists()  # what comes next
+    assert status == 0 and (tmp_path / "s.jsonl").exists() and "lintseq.py" in err  # is next
     assert run("lintseq.py", "--source=s.jsonl", "--dest=e.jsonl", cwd=tmp_path)[0] == 0
     status, out, err = run("prepare.py", *args, cwd=tmp_path)
     assert status == 0 and "val: 0 tokens, 0 examples" in out, err
     status, out, err = run("prepare.py", *args[:-1], "--dataset=y", "--max_tokens=3", cwd=tmp_path)
-    assert status == 1 and "nothing to train on" in err and not (tmp_path / "data/y/meta.json").exists()
+    assert status == 1 and "nothing to train on" in err
+    assert not (tmp_path / "data/y/meta.json").exists()

@@ -1,4 +1,4 @@
-"""Tokenizers both ways: published ones through the library `tokenizers`, ours exported for transformers."""
+"""Tokenizers both ways: published ones through `tokenizers`, ours exported for transformers."""
 import json
 import random
 import sys
@@ -39,7 +39,8 @@ def same_ids(enc, peer, texts):
 def test_a_published_tokenizer_gives_the_ids_of_its_library(neox, library):
     path = str(neox / "tokenizer.json")
     enc, peer = prepare.get_tokenizer(path), tokenizers.Tokenizer.from_file(path)
-    assert enc.n_vocab == peer.get_vocab_size() and enc.eot_token == peer.token_to_id("<|endoftext|>")
+    assert enc.n_vocab == peer.get_vocab_size()
+    assert enc.eot_token == peer.token_to_id("<|endoftext|>")
     ids = same_ids(enc, peer, library[:300])
     assert enc.decode(ids[0]) == library[0]
     assert b"".join(map(enc.decode_single_token_bytes, ids[0])) == library[0].encode()
@@ -157,8 +158,8 @@ def test_export_is_read_by_transformers(workspace, exported):
     for text in random_texts(200, 3):
         assert tokenizer.encode(text) == enc.encode(text, allowed_special="all")
     card = (out / "README.md").read_text()
-    for part in ("humaneval, temperature 1.0: pass@1 12.5 ± 1.0", "must not be run without precautions",
-                 "learning_rate = 0.0123", "77 steps", "n_layer = 2"):
+    for part in ("humaneval, temperature 1.0: pass@1 12.5 ± 1.0", "n_layer = 2", "77 steps",
+                 "must not be run without precautions", "learning_rate = 0.0123"):
         assert part in card
     assert "99.9" not in card
     import sample  # and back

@@ -1,11 +1,11 @@
-"""Tokens a second on all cores: prepare.py (from Parquet to bins) against tiktoken's encode_ordinary_batch.
+"""Tokens a second on all cores: prepare.py (Parquet to bins) against tiktoken's encode_ordinary_batch.
 
     python tests/bench/tokenizer.py        # prints a table; SIZE=32e6 for a smoke run
 
 The text is the standard library's, repeated to 256 MB (16 shards). tiktoken has it in memory, in
 batches of 1,000 documents, with a thread a core, and keeps no result; prepare.py reads it from
 Parquet, splits off the validation set and writes bins. The two take turns, so that whatever else the
-machine does hits both. The whole command counts, with Python's start, the workers' and the join.
+machine does hits both. The whole command counts: Python's start, the workers' and the join too.
 p50k_base if tiktoken can get it (it fetches it on first use), else a BPE of 50,000 entries trained on
 the spot. At the end both must have made the same tokens.
 """
