@@ -1,4 +1,4 @@
-"""The demo's data, and sample.py and evaluate.py on a model that is trained here, as a newcomer uses them."""
+"""The demo's data; sample.py and evaluate.py on a model that is trained here, as newcomers do."""
 import json
 import os
 import random
@@ -45,13 +45,14 @@ def test_hidden_tests_tell_right_from_wrong():
         assert verdict(p, p["response"]).passed
     caught = total = 0
     for p in problems:
-        for old, new in (("+=", "-="), (" * ", " + "), ("% 2 == 0", "% 2 == 1"), (" > ", " < "), ("= 0", "= 1")):
+        for old, new in (("+=", "-="), (" * ", " + "), ("% 2 == 0", "% 2 == 1"), (" > ", " < "),
+                         ("= 0", "= 1")):
             if old in p["response"]:
                 total += 1
                 caught += not verdict(p, p["response"].replace(old, new, 1)).passed
     assert total > 40 and caught / total > 0.9, (caught, total)
-    other = [verdict(p, q["response"].replace(q["entry_point"] + "(", p["entry_point"] + "(")).passed
-             for p, q in zip(problems, problems[1:])]
+    other = [verdict(p, q["response"].replace(q["entry_point"] + "(", p["entry_point"] + "("))
+             .passed for p, q in zip(problems, problems[1:])]
     assert sum(other) <= 1  # another problem's program does not do
 
 
@@ -59,14 +60,16 @@ def test_stdlib_pairs_are_self_contained_and_distinct():
     pairs = [p for p, _ in zip(demo.stdlib_pairs(), range(150))]
     assert len(pairs) == 150 == len({p["response"] for p in pairs})
     for p in pairs:
-        assert not lintseq.lint(p["response"]) and re.match(r"Write a Python function `\w+\(.*\)`: .{20}", p["instruction"])
+        assert not lintseq.lint(p["response"])
+        assert re.match(r"Write a Python function `\w+\(.*\)`: .{20}", p["instruction"])
         name = re.search(r"`(\w+)\(", p["instruction"])[1]
         assert re.search(rf"^def {name} ?\(", p["response"], re.M)
 
 
 def test_tokenizer_is_exact_and_writes_edits_in_few_tokens(workspace):
     enc = prepare.get_tokenizer(str(workspace / "tiny.tiktoken"))
-    for text in (open(prepare.__file__).read(), " a \r\n\t b  \f\n\n\n  \u2028x  ", "é中\U0001f600 <|diff|>", ""):
+    for text in (open(prepare.__file__).read(), " a \r\n\t b  \f\n\n\n  \u2028x  ",
+                 "é中\U0001f600 <|diff|>", ""):
         assert enc.decode(enc.encode_ordinary(text)) == text
     assert enc.encode("\n<|diff|>", allowed_special="all")[-1] == enc.n_vocab - 1
     assert len(enc.encode_ordinary("@@ -4,0 +5,2 @@\n+    ")) <= 8

@@ -294,7 +294,7 @@ def test_joining_can_be_killed_before_any_of_its_steps(tokenizer, tmp_path):
     args = ("--corpora=a.jsonl", f"--tokenizer={tokenizer}", "--val_fraction=0.3", "--workers=1")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     wanted, ends = None, []
-    for left in (99, 0, 2, 4, 6, 7, 8, 9, 10):
+    for left in (99, 0, 3, 6, 8, 9):
         for argument in (left, 99):
             process = subprocess.run(
                 [sys.executable, "-c", KILL_AT, *args, f"--dataset={left}", str(argument)],
@@ -307,7 +307,7 @@ def test_joining_can_be_killed_before_any_of_its_steps(tokenizer, tmp_path):
         wanted = wanted or found
         assert all(np.array_equal(found[split], wanted[split]) for split in found)
         assert len(found["val"]) > 100 and not list((tmp_path / f"data/{left}").glob("shards*"))
-    assert ends.count(-signal.SIGKILL) >= 6
+    assert ends.count(-signal.SIGKILL) >= 4
 
 
 PEAK = """import config, prepare, resource
@@ -385,8 +385,8 @@ def problem(i):
 
 HUMANEVAL = {
     "task_id": "HumanEval/0",
-    "prompt": 'def has_close_elements(numbers):\n    """ Check if in given list of numbers, are any '
-              'two numbers closer to each other than given threshold.\n    """\n',
+    "prompt": 'def has_close_elements(numbers):\n    """ Check if in given list of numbers, '
+              'are any two numbers closer to each other than given threshold.\n    """\n',
     "canonical_solution": "    for idx, elem in enumerate(numbers):\n"
                           "        for idx2, elem2 in enumerate(numbers):\n"
                           "            if idx != idx2:\n"

@@ -12,9 +12,9 @@ import prepare
 from model import GPT, GPTConfig
 
 tokenizers = pytest.importorskip("tokenizers")
-BITS = ["  ", "\n", "\n    ", "\t", " ", "\r\n", "e\u0301", "'s", "'ll", "123", " x", "def f(", "|||",
-        "|||EMAIL_ADDRESS|||", "<|diff|>", "\u3000", "\x85", "\x00", "aaa", "abab", "ﬁ", "\u1e9b\u0323",
-        "한국", "\u1112\u1161\u11ab"]
+BITS = ["  ", "\n", "\n    ", "\t", " ", "\r\n", "e\u0301", "'s", "'ll", "123", " x", "def f(",
+        "|||", "|||EMAIL_ADDRESS|||", "<|diff|>", "\u3000", "\x85", "\x00", "aaa", "abab", "ﬁ",
+        "\u1e9b\u0323", "한국", "\u1112\u1161\u11ab"]
 
 
 def random_texts(n, seed=0):
@@ -46,7 +46,8 @@ def test_a_published_tokenizer_gives_the_ids_of_its_library(neox, library):
     assert b"".join(map(enc.decode_single_token_bytes, ids[0])) == library[0].encode()
     assert sum(map(len, ids)) < sum(map(len, library[:300])) / 2
     same_ids(enc, peer, random_texts(1000))
-    same_ids(enc, peer, ["a<|endoftext|>\u0338b", "x<|endoftext|> <|endoftext|>", "", "<|padding|>  "])
+    same_ids(enc, peer, ["a<|endoftext|>\u0338b", "x<|endoftext|> <|endoftext|>", "",
+                         "<|padding|>  "])
     text = "one<|endoftext|>two <|diff|> |||EMAIL_ADDRESS|||"
     for ids in (enc.encode_ordinary(text), enc.encode(text)):  # text is text
         assert enc.eot_token not in ids and enc.decode(ids) == text

@@ -1,13 +1,13 @@
-"""Tokens a second on all cores: prepare.py (Parquet to bins) against tiktoken's encode_ordinary_batch.
+"""Tokens a second on all cores: prepare.py, Parquet to bins, against tiktoken's batch encoding.
 
     python tests/bench/tokenizer.py        # prints a table; SIZE=32e6 for a smoke run
 
 The text is the standard library's, repeated to 256 MB (16 shards). tiktoken has it in memory, in
-batches of 1,000 documents, with a thread a core, and keeps no result; prepare.py reads it from
-Parquet, splits off the validation set and writes bins. The two take turns, so that whatever else the
-machine does hits both. The whole command counts: Python's start, the workers' and the join too.
-p50k_base if tiktoken can get it (it fetches it on first use), else a BPE of 50,000 entries trained on
-the spot. At the end both must have made the same tokens.
+batches of 1,000 documents (encode_ordinary_batch), with a thread a core, and keeps no result;
+prepare.py reads it from Parquet, splits off the validation set and writes bins. The two take turns,
+so that whatever else the machine does hits both. The whole command counts: Python's start, the
+workers' and the join too. p50k_base if tiktoken can get it (it fetches it on first use), else a BPE
+of 50,000 entries trained on the spot. At the end both must have made the same tokens.
 """
 import os
 import platform
@@ -35,7 +35,8 @@ while size < SIZE:
     size += len(texts[-1].encode())
 os.mkdir("corpus")
 for i in range(0, len(texts), len(texts) // 4 + 1):
-    pq.write_table(pa.table({"text": texts[i:i + len(texts) // 4 + 1]}), f"corpus/{i:06}.parquet", row_group_size=200)
+    table = pa.table({"text": texts[i:i + len(texts) // 4 + 1]})
+    pq.write_table(table, f"corpus/{i:06}.parquet", row_group_size=200)
 try:
     name, enc = "p50k_base", tiktoken.get_encoding("p50k_base")
 except OSError:
