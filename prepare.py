@@ -255,7 +255,7 @@ HUB = {  # our name: (dataset, the paths that begin so)
     "humaneval": ("openai/openai_humaneval", "openai_humaneval/"),
     "mbpp": ("google-research-datasets/mbpp", "full/"),
 }
-TRIES = 6  # the pause between two is doubled each time: half a minute in all
+TRIES = 6  # the pause after each is twice the one before: a minute in all
 
 
 def import_library(name):

@@ -1,4 +1,5 @@
-"""TinyCodeLM-400M, pretrained as in the paper: torchrun --nproc_per_node=4 train.py config/400m.py"""
+"""TinyCodeLM-400M, pretrained as in the paper:
+torchrun --nproc_per_node=4 train.py config/400m.py"""
 dataset = "pretrain"  # the same bins as config/150m.py's
 corpora = ("fineweb", "the-stack")
 tokenizer = "p50k_base"

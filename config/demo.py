@@ -1,4 +1,4 @@
-"""The demo: a model of about 1M parameters, pretrained on this Python's own standard library (see README)."""
+"""The demo: a model of 1M parameters, pretrained on this Python's own standard library (README)."""
 # what prepare.py makes
 dataset = "demo"
 corpora = ("stdlib",)
