@@ -10,8 +10,9 @@
 Writes data/<dataset>/{train,val}.bin, raw little-endian uint16 tokens without a header, and
 meta.json: tokenizer, counts, sources, what was skipped and why (each in skipped.jsonl).
 Instruction data adds {train,val}.examples.npy, int64 (n, 2): where each example and where its
-response starts. What is there already is not made again; every file appears whole or not at all; a
-run that was killed goes on. Machines that share a file system each take a share (torchrun, srun).
+response starts. meta.json comes last: where it is, all is whole, and is not made again; a run that
+was killed goes on. Machines that share a file system each take a share (torchrun, srun). Memory: a
+few times the longest document for each worker; disk: the tokens twice, until they are joined.
 Left out: downloading and tokenizing at once, data that is not on a shared file system, streaming.
 """
 import ast
