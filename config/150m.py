@@ -2,8 +2,8 @@
 dataset = "pretrain"
 # The paper's mixture is the two corpora, each whole, for two epochs: FineWeb's 10BT sample is 10
 # billion tokens (of GPT-2's tokenizer), which leaves about 26 of the 36 billion for The Stack's
-# Python: 28% text, 72% code. prepare.py prints what it finds; should Python be more, "the-stack:99"
-# takes the first 99 files only.
+# Python: 28% text, 72% code. prepare.py prints how many tokens it makes; should they be more than
+# 36 billion, "the-stack:100" takes the first 100 files only.
 corpora = ("fineweb", "the-stack")
 tokenizer = "p50k_base"  # GPT-2's and runs of spaces; 50281 entries and <|diff|> fit 50304 rows
 val_fraction = 0.0005  # 36e9 * 0.0005 = 18 million tokens

@@ -1,4 +1,4 @@
-"""The demo's data, and sample.py and evaluate.py on a model that is trained here, as a newcomer uses them."""
+"""The demo's data; sample.py and evaluate.py on a model that is trained here, as newcomers do."""
 import json
 import os
 import random
@@ -12,6 +12,7 @@ from conftest import ROOT, run
 import evaluate
 import lintseq
 import prepare
+from config import _demo_problems as demo
 from test_train import TINY
 
 
@@ -20,14 +21,13 @@ def verdict(problem, program):
 
 
 def test_family_is_large_and_holds_compositions_out():
-    from types import SimpleNamespace
-    compositions = prepare.family_compositions()
+    compositions = demo.family_compositions()
     assert len(set(compositions)) == len(compositions) > 10_000
-    cfg = SimpleNamespace(seed=5, family_size=2000, family_heldout=100)
-    pairs, problems = prepare.family(cfg)
-    assert (pairs, problems) == prepare.family(cfg)
+    pairs, problems = demo.family(2000, 100, 5)
+    assert (pairs, problems) == demo.family(2000, 100, 5)
     assert len(pairs) == 2000 and len(problems) == 100
-    shape = lambda code: re.sub(r"\d+|nums|values|items|data|numbers|" + "|".join(prepare.NAMES), "_", code)
+    names = "|".join(["", *demo.NAMES, *demo.ARGUMENTS])
+    shape = lambda code: re.sub(r"\d+" + names, "_", code)
     held = {tuple(p["composition"]) for p in problems}
     assert len(held) == 100
     trained = {shape(p["response"]) for p in pairs}
@@ -40,36 +40,39 @@ def test_family_is_large_and_holds_compositions_out():
 
 def test_hidden_tests_tell_right_from_wrong():
     rng = random.Random(3)
-    problems = [prepare.family_problem(c, rng) for c in rng.sample(prepare.family_compositions(), 40)]
+    problems = [demo.family_problem(c, rng) for c in rng.sample(demo.family_compositions(), 40)]
     for p in problems:
         assert verdict(p, p["response"]).passed
     caught = total = 0
     for p in problems:
-        for old, new in (("+=", "-="), (" * ", " + "), ("% 2 == 0", "% 2 == 1"), (" > ", " < "), ("= 0", "= 1")):
+        for old, new in (("+=", "-="), (" * ", " + "), ("% 2 == 0", "% 2 == 1"), (" > ", " < "),
+                         ("= 0", "= 1")):
             if old in p["response"]:
                 total += 1
                 caught += not verdict(p, p["response"].replace(old, new, 1)).passed
     assert total > 40 and caught / total > 0.9, (caught, total)
-    other = [verdict(p, q["response"].replace(q["entry_point"] + "(", p["entry_point"] + "(")).passed
-             for p, q in zip(problems, problems[1:])]
+    other = [verdict(p, q["response"].replace(q["entry_point"] + "(", p["entry_point"] + "("))
+             .passed for p, q in zip(problems, problems[1:])]
     assert sum(other) <= 1  # another problem's program does not do
 
 
 def test_stdlib_pairs_are_self_contained_and_distinct():
-    pairs = [p for p, _ in zip(prepare.stdlib_pairs(), range(150))]
+    pairs = [p for p, _ in zip(demo.stdlib_pairs(), range(150))]
     assert len(pairs) == 150 == len({p["response"] for p in pairs})
     for p in pairs:
-        assert not lintseq.lint(p["response"]) and re.match(r"Write a Python function `\w+\(.*\)`: .{20}", p["instruction"])
+        assert not lintseq.lint(p["response"])
+        assert re.match(r"Write a Python function `\w+\(.*\)`: .{20}", p["instruction"])
         name = re.search(r"`(\w+)\(", p["instruction"])[1]
         assert re.search(rf"^def {name} ?\(", p["response"], re.M)
 
 
 def test_tokenizer_is_exact_and_writes_edits_in_few_tokens(workspace):
     enc = prepare.get_tokenizer(str(workspace / "tiny.tiktoken"))
-    for text in (open(prepare.__file__).read(), " a \r\n\t b  \f\n\n\n  \u2028x  ", "é中\U0001f600 <|diff|>", ""):
+    for text in (open(prepare.__file__).read(), " a \r\n\t b  \f\n\n\n  \u2028x  ",
+                 "é中\U0001f600 <|diff|>", ""):
         assert enc.decode(enc.encode_ordinary(text)) == text
     assert enc.encode("\n<|diff|>", allowed_special="all")[-1] == enc.n_vocab - 1
-    assert len(enc.encode_ordinary("@@ -4,0 +5,2 @@\n+    ")) == 7
+    assert len(enc.encode_ordinary("@@ -4,0 +5,2 @@\n+    ")) <= 8
 
 
 @pytest.fixture(scope="module")
