@@ -11,12 +11,10 @@ embeddings, no dropout. The same function as Hugging Face's `OlmoForCausalLM`, w
 
 Left out: dropout and grouped heads (the paper has none), tensor parallelism (the models fit any GPU).
 """
-import importlib
+import copy
 import json
 import math
-import os
-import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -108,30 +106,28 @@ class FusedCrossEntropy(torch.autograd.Function):
     and not computed twice, as checkpointing would (7 to 11% of a step)."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk, training):
+    def forward(ctx, x, weight, targets, chunk):
         # x: (N, C), weight: (V, C), targets: (N,) with -1 where there is no loss
-        device, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        w, total = weight.to(dtype), x.new_zeros((), dtype=torch.float32)
-        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        total = x.new_zeros((), dtype=torch.float32)
+        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         for i in range(0, len(x), chunk):
-            xs, ts = x[i:i + chunk].to(dtype), targets[i:i + chunk]
-            logp = (xs @ w.t()).float().log_softmax(-1)
+            xs, ts = x[i:i + chunk], targets[i:i + chunk]
+            logits = F.linear(xs, weight)  # float32, or what autocast says
+            logp = logits.float().log_softmax(-1)
             total += F.nll_loss(logp, ts, ignore_index=-1, reduction="sum")
-            if training:  # the gradient of the logits is p - one_hot(target), and 0 without a target
-                kept, ts = (ts >= 0)[:, None], ts.clamp(min=0)[:, None]
-                grad = logp.exp_().scatter_add_(1, ts, torch.full_like(logp[:, :1], -1.0))
-                grad = grad.mul_(kept).to(dtype)
-                grad_x[i:i + chunk] = grad @ w
+            if ctx.needs_input_grad[0]:  # the gradient of the logits: p - one_hot(target), 0 where there is no target
+                grad = logp.exp_()
+                grad[torch.arange(len(ts), device=ts.device), ts] -= 1
+                grad = grad.mul_((ts >= 0)[:, None]).to(logits.dtype)
+                grad_x[i:i + chunk] = grad @ weight
                 grad_w += grad.t() @ xs
-        ctx.save_for_backward(grad_x, grad_w.to(weight.dtype))
+        ctx.save_for_backward(grad_x, grad_w)
         return total
 
     @staticmethod
     def backward(ctx, upstream):
         grad_x, grad_w = ctx.saved_tensors  # in place: they are asked for once
-        return grad_x.mul_(upstream), grad_w.mul_(upstream), None, None, None
+        return grad_x.mul_(upstream), grad_w.mul_(upstream), None, None
 
 
 class GPT(nn.Module):
@@ -140,12 +136,10 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        if not config.tied:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         half = config.n_embd // config.n_head // 2
-        count = torch.arange(max(half, config.block_size), dtype=torch.float64, device="cpu")
-        frequencies = config.rope_theta ** (-count[:half] / half)
-        angles = count[:config.block_size, None] * frequencies  # (T, D / 2)
+        positions, pairs = (torch.arange(n, device="cpu").double() for n in (config.block_size, half))
+        angles = torch.outer(positions, config.rope_theta ** (-pairs / half))  # (T, D / 2)
         cos, sin = angles.cos().float(), angles.sin().float()
         self.register_buffer("cos", torch.cat((cos, cos), 1), persistent=False)  # (T, D)
         self.register_buffer("sin", torch.cat((-sin, sin), 1), persistent=False)
@@ -156,7 +150,7 @@ class GPT(nn.Module):
     @property
     def head(self):
         """The output layer's weight, (vocab_size, C)."""
-        return self.wte.weight if self.config.tied else self.lm_head.weight
+        return (self.lm_head or self.wte).weight
 
     def num_params(self):
         """All parameters, a tied embedding once: 151,879,680 and 454,164,480 at the paper's shapes."""
@@ -189,16 +183,16 @@ class GPT(nn.Module):
         if targets is None:
             return F.linear(x, self.head), None
         chunk = max(256, 2 ** 26 // self.config.vocab_size)  # rows whose logits fill 256 MB in float32
-        total = FusedCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(), chunk,
-                                        torch.is_grad_enabled())
+        total = FusedCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(), chunk)
         return None, total / (targets >= 0).sum().clamp(min=1)
 
-    def hidden(self, idx, positions, mask=None, blocks=None, caches=None):
-        """The final norm's output, (B, T, C), for idx (B, T) at `positions`, (T,) or (B, T)."""
+    def hidden(self, idx, positions, mask=None, cache=None, slots=None):
+        """The final norm's output, (B, T, C), for idx (B, T) at `positions`, (T,) or (B or 1, T)."""
         x = self.wte(idx)
-        rope = [table[positions].unsqueeze(-3).to(x.dtype) for table in (self.cos, self.sin)]
-        for i, block in enumerate(blocks or self.blocks):
-            x = block(x, rope, mask, caches and caches[i])
+        at = positions.clamp(max=len(self.cos) - 1)  # a chunk of generated tokens may run past it in vain
+        rope = [table[at].unsqueeze(-3).to(x.dtype) for table in (self.cos, self.sin)]
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, None if cache is None else (cache[i], slots, positions))
         return norm(x)
 
     @torch.no_grad()
@@ -217,44 +211,43 @@ class GPT(nn.Module):
         many go, as a negative number), where temperature is 0 at 1, up to a check that answers None.
         chunk: steps between two looks at the tokens, which change no sample; 0: 16 on CUDA, so that it
         seldom waits, else 1. ValueError on an empty prompt or one that fills block_size."""
-        S, n = self.config.block_size, len(prompts)
+        every, block_size = [], self.config.block_size
         for i, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < S:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; it must have 1 to {S - 1}")
-        most = [max_new_tokens] * n if isinstance(max_new_tokens, int) else max_new_tokens
-        every = [Row(i, tuple(prompt), min(most[i], S - len(prompt)), temperature,
-                     Random(i if seeds is None else seeds[i])) for i, prompt in enumerate(prompts)]
-        waiting, rows = [row for row in reversed(every) if row.most > 0], []  # rows[s] has slot s
-        slots = min(batch_size, n)
-        decoder = Decoder(self, slots, max((len(row.prompt) + row.most for row in every), default=0),
-                          top_p, chunk or (16 if self.wte.weight.is_cuda else 1))
+            if not 0 < len(prompt) < block_size:
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens; 1 to {block_size - 1} have room")
+            most = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[i]
+            every.append(Row(i, tuple(prompt), min(most, block_size - len(prompt)), temperature,
+                             Random(seeds[i] if seeds is not None else i), []))
+        waiting, rows = [row for row in every if row.most > 0], []  # rows[s] has slot s
+        slots, chunk = min(batch_size, len(every)), chunk or (16 if self.wte.weight.is_cuda else 1)
+        longest = max((len(row.prompt) + row.most for row in every), default=0)
+        decoder = Decoder(self, slots, longest, top_p, chunk)
         tell = on_token or (lambda i, token: None)
 
         while waiting or rows:
             free = slots - len(rows)
             if waiting and free >= min(len(waiting), max(1, slots // 8)):  # some prompts at a time
-                new = [waiting.pop() for _ in range(min(len(waiting), free))]
+                new, waiting = waiting[:free], waiting[free:]
                 decoder.prefill(len(rows), [row.prompt for row in new])
                 rows += new
             drawn = decoder.draw(rows)
             for s in reversed(range(len(rows))):
-                row, ended = rows[s], False
+                row = rows[s]
                 for token in drawn[s]:
-                    del row.uniforms[0]
                     ended = token in stop_tokens
                     if ended:
                         break
                     row.new.append(token)
                     tell(row.i, token)
-                    keep, was = None, row.temperature
+                    was = row.temperature
                     if token in check_tokens:
                         keep = check(row.i, row.new)
                         row.temperature = temperature if keep is None else temperature or 1.0
-                    if keep is not None:
-                        tell(row.i, keep - len(row.new))
-                        del row.new[keep:]
-                        break
-                    ended = len(row.new) == row.most or stop is not None and stop(row.new)
+                        if keep is not None:
+                            tell(row.i, keep - len(row.new))
+                            del row.new[keep:]
+                            break
+                    ended = len(row.new) == row.most or stop and stop(row.new)
                     if ended or row.temperature != was:  # the chunk's rest was drawn at another one
                         break
                 if ended:
@@ -270,6 +263,7 @@ class GPT(nn.Module):
     def save_pretrained(self, folder, **extra):
         """Write config.json and model.safetensors into `folder`, for transformers'
         `AutoModelForCausalLM`. extra: more keys of config.json, such as eos_token_id."""
+        from safetensors.torch import save_file
         c, folder = self.config, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = OLMO | {theirs: getattr(c, ours) for ours, theirs in OLMO_SHAPE.items()} | dict(
@@ -279,9 +273,7 @@ class GPT(nn.Module):
         state, tensors = self.state_dict(), {}
         for ours, theirs in olmo_names(c).items():
             tensors |= zip(theirs, (part.contiguous() for part in state[ours].chunk(len(theirs))))
-        import_optional("safetensors.torch").save_file(
-            tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -303,7 +295,7 @@ class GPT(nn.Module):
         if wrong:
             raise ValueError(f"{folder}: missing or unknown tensors: {', '.join(sorted(wrong)[:9])}")
         state = {ours: torch.cat([tensors[name] for name in theirs]) for ours, theirs in names.items()}
-        return cls.from_checkpoint({"config": asdict(config), "model": state})
+        return cls.from_checkpoint({"config": vars(config), "model": state})
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
@@ -328,20 +320,14 @@ class Row:
     most: int  # new tokens
     temperature: float
     random: Random
-    new: list = field(default_factory=list)  # tokens so far
-    uniforms: list = field(default_factory=list)  # drawn ahead, for a chunk
+    new: list  # tokens so far
 
 
-class Packed(nn.Module):
-    """nn.Linear for decoding in float32 on a CPU: the matrix laid out once for oneDNN's products with
-    `rows` rows. F.linear's own layout is about half as fast."""
-
-    def __init__(self, weight, rows):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+def pack_linear(weight, rows):
+    """x -> x @ weight.T in float32 on a CPU, with the matrix laid out once for oneDNN's products with
+    `rows` rows: F.linear's own layout is about half as fast."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 class Decoder:
@@ -351,7 +337,7 @@ class Decoder:
 
     def __init__(self, model, slots, length, top_p, chunk):
         c, w = model.config, model.wte.weight
-        self.model, self.top_p, self.chunk, self.graphs, self.pool = model, top_p, chunk, {}, None
+        self.top_p, self.chunk, self.graphs, self.pool = top_p, chunk, {}, None
         # Of each slot: its last token, the position of that, its temperature, and the chunk's uniform
         # numbers, of which a step takes the first and puts the token that it draws behind the last.
         self.state = torch.zeros(slots, 3 + chunk, device=w.device)
@@ -359,58 +345,46 @@ class Decoder:
         # (layers, keys and values, slots, H, S, D): what a head attends to lies together
         self.cache = torch.zeros(c.n_layer, 2, slots, c.n_head, length, c.n_embd // c.n_head,
                                  dtype=w.dtype, device=w.device)
-        self.blocks, self.head = model.blocks, lambda x: F.linear(x, model.head)
-        if w.device.type == "cpu" and w.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            self.head = Packed(model.head, slots)
-            with torch.device("meta"):
-                self.blocks = [Block(c) for _ in model.blocks]
-            for new, old in zip(self.blocks, model.blocks):
-                for name in ("attn.qkv", "attn.proj", "mlp.gate_up", "mlp.down"):
-                    new.set_submodule(name, Packed(old.get_submodule(name).weight, slots))
-
-    def hidden(self, idx, positions, slots, mask=None):
-        """The model's output (B, T, C) for idx (B, T) at `positions` (B or 1, T), cached in `slots` (B,)."""
-        caches = [(keys_values, slots, positions) for keys_values in self.cache]
-        return self.model.hidden(idx, positions.clamp(max=len(self.model.cos) - 1), mask, self.blocks, caches)
+        self.model, self.head = model, lambda x: F.linear(x, model.head)
+        if w.is_cpu and w.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            self.model, self.head = copy.deepcopy(model), pack_linear(model.head, slots)
+            for part in self.model.modules():
+                if isinstance(part, nn.Linear):
+                    part.forward, part.weight = pack_linear(part.weight, slots), None
 
     def prefill(self, start, prompts):
         """Cache `prompts` in the slots from `start` on. One that comes again is computed once."""
-        slots, device = {}, self.cache.device
+        firsts, device = {}, self.cache.device
         for slot, prompt in enumerate(prompts, start):
-            slots.setdefault(prompt, []).append(slot)
+            firsts.setdefault(prompt, slot)
+        # Padded on the right: causal attention keeps the padding from every real token, and decoding
+        # overwrites its keys before the mask lets anyone see them.
         longest = max(map(len, prompts))
-        most = max(1, 8192 // longest)  # prompts at once
-        for part in (list(slots)[i:i + most] for i in range(0, len(slots), most)):
-            # Padded on the right: causal attention keeps the padding from every real token, and
-            # decoding overwrites its keys before the mask lets anyone see them.
-            idx = torch.tensor([prompt + (0,) * (longest - len(prompt)) for prompt in part], device=device)
-            self.hidden(idx, torch.arange(longest, device=device)[None],
-                        torch.tensor([slots[prompt][0] for prompt in part], device=device))
-        for first, *others in slots.values():
-            self.cache[:, :, others, :, :longest] = self.cache[:, :, first:first + 1, :, :longest]
+        idx = torch.tensor([prompt + (0,) * (longest - len(prompt)) for prompt in firsts], device=device)
+        self.model.hidden(idx, torch.arange(longest, device=device)[None], None, self.cache,
+                          torch.tensor(list(firsts.values()), device=device))
+        sources = [firsts[prompt] for prompt in prompts]
+        self.cache[:, :, start:start + len(prompts)] = self.cache[:, :, sources]
 
     def step(self, n, limit, greedy):
         """Feed the first n slots their tokens, at positions below `limit`, and draw the next."""
         state, device = self.state[:n], self.cache.device
         tokens, positions = state[:, :2, None].long().unbind(1)  # (n, 1) each
-        seen = torch.arange(limit, device=device) <= positions
-        mask = torch.where(seen, 0.0, -math.inf).to(self.cache.dtype)[:, None, None]
-        x = self.hidden(tokens, positions, torch.arange(n, device=device), mask)
+        mask = (torch.arange(limit, device=device) <= positions)[:, None, None]  # (n, 1, 1, limit)
+        x = self.model.hidden(tokens, positions, mask, self.cache, torch.arange(n, device=device))
         logits = self.head(x[:, 0]).float()
         drawn = logits.argmax(-1) if greedy else sample_tokens(logits, state[:, 2], self.top_p, state[:, 3])
         state.copy_(torch.cat((drawn[:, None], positions + 1, state[:, 2:3], state[:, 4:], drawn[:, None]), 1))
 
     def draw(self, rows):
         """The next `chunk` tokens of each of the rows, as lists."""
-        for row in rows:
-            row.uniforms += [row.random.random() for _ in range(self.chunk - len(row.uniforms))]
-        positions = [len(row.prompt) + len(row.new) - 1 for row in rows]
+        positions, cuda = [len(row.prompt) + len(row.new) - 1 for row in rows], self.cache.is_cuda
         self.state.zero_()
-        self.state[:len(rows)] = torch.tensor([[(row.new or row.prompt)[-1], at, row.temperature, *row.uniforms]
-                                               for row, at in zip(rows, positions)])
-        n, limit, cuda = len(rows), max(positions) + self.chunk, self.cache.is_cuda
-        if cuda:  # few shapes, few graphs: a slot without a row is fed a token at position 0, in vain
-            n, limit = len(self.state), -(-limit // 64) * 64
+        self.state[:len(rows)] = torch.tensor([
+            [(row.new or row.prompt)[-1], at, row.temperature, *(row.random.random() for _ in range(self.chunk))]
+            for row, at in zip(rows, positions)])
+        # on CUDA few shapes, few graphs: a slot without a row is fed a token at position 0, in vain
+        n, limit = len(self.state if cuda else rows), -(-(max(positions) + self.chunk) // 64) * 64
         shape = n, limit, not any(row.temperature for row in rows)
         for _ in range(self.chunk):
             if shape in self.graphs:
@@ -431,18 +405,12 @@ def sample_tokens(logits, temperatures, top_p, u):
     that hold top_p."""
     best, likeliest = logits.max(-1, keepdim=True)
     p = ((logits - best) / temperatures.clamp(min=1e-6)[:, None]).softmax(-1)
-    order = None
-    if top_p < 1:
-        k = V = p.size(-1)
-        if p.device.type == "cpu":  # all that are less likely than this hold less than 1 - top_p
-            k = int((p >= (1 - top_p) / V).sum(-1).max().clamp(min=1))
-        p, order = p.topk(k) if k < V else p.sort(-1, descending=True)
-        p = p * (p.cumsum(-1) - p < max(top_p, 1e-9))  # the likeliest is always in
+    p, order = p.sort(-1, descending=True)
+    p = p * (p.cumsum(-1) - p < max(top_p, 1e-9))  # the likeliest is always in
     cumulative = p.cumsum(-1)
-    u = u.clamp(max=1 - 2 ** -24)[:, None] * cumulative[:, -1:]  # rounded to float32, 1 - 2 ** -53 is 1
-    pick = torch.searchsorted(cumulative, u, right=True)
-    pick = pick if order is None else order.gather(1, pick)
-    return torch.where(temperatures[:, None] == 0, likeliest, pick).squeeze(1)
+    u = u.clamp(max=0.99999994)[:, None] * cumulative[:, -1:]  # float32 rounds 1 - 2 ** -53 to 1
+    drawn = order.gather(1, torch.searchsorted(cumulative, u, right=True))
+    return torch.where(temperatures[:, None] == 0, likeliest, drawn).squeeze(1)
 
 
 # -- Files of weights ---------------------------------------------------------------------------------
@@ -470,30 +438,20 @@ def olmo_names(config):
 def find_pretrained(name):
     """The folder `name`; or, of a model on the Hugging Face hub ("owner/name"), the one that holds its
     config, tokenizer and weights. OSError or ValueError, one line, if it cannot be had."""
-    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+    if Path(name).exists() or str(name).count("/") != 1:
         return Path(name)
-    hub = import_optional("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(
-            name, allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"], ignore_patterns="*/*"))
-    except hub.errors.GatedRepoError:
-        reason = "accept its terms on its page there, and set HF_TOKEN to a token of that account"
-    except hub.errors.RepositoryNotFoundError:
-        reason = "there is none, or it is private and wants HF_TOKEN"
-    except (OSError, ValueError) as e:
-        reason = one_line(e)
-    raise OSError(f"{name} is no folder here; from the Hugging Face hub: {reason}")
-
-
-def import_optional(module):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(f"this needs: pip install {module.split('.')[0]}") from None
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"],
+                                      ignore_patterns="*/*"))
+    except (ImportError, OSError, ValueError) as e:  # the hub's own say whether it is gated, private, ...
+        raise OSError(f"no folder here; of the Hugging Face hub: {one_line(e)}") from None
 
 
 def one_line(error):
     """What an exception says, without line breaks and without the end of a long tale."""
+    if isinstance(error, ImportError):
+        return f"pip install {error.name}"
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -504,10 +462,9 @@ def load_file(path):
         if path.suffix == ".json":
             return dict(json.loads(path.read_text()))
         if path.suffix == ".safetensors":
-            return import_optional("safetensors.torch").load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except FileNotFoundError:
-        raise
+            from safetensors.torch import load_file
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
         raise ValueError(f"{path} cannot be read: {one_line(e)}") from None
 
@@ -528,16 +485,12 @@ def load_tensors(folder):
 def read_olmo_config(folder):
     """The GPTConfig of an OLMo model's config.json; ValueError on what ours cannot compute."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds neither ckpt.pt nor config.json")
     hf = load_file(path)
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-    fixed = OLMO | {"num_key_value_heads": hf.get("num_attention_heads")}
+    hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    fixed = OLMO | {"num_key_value_heads": hf.get("num_attention_heads"), "rope_type": "default"}
     wrong = [f"{key}={hf[key]!r}" for key in fixed if hf.get(key) not in (None, fixed[key])]
     wrong += [f"{key}={hf.get(key)!r}" for key in OLMO_SHAPE.values() if not isinstance(hf.get(key), int)]
-    wrong += [f"rope {key}={rope[key]!r}" for key in rope if rope[key] not in ("default", 1.0, None)]
     if wrong:
         raise ValueError(f"{path}: not supported: {', '.join(wrong)}")
-    return GPTConfig(**{ours: hf[theirs] for ours, theirs in OLMO_SHAPE.items()}, rope_theta=theta,
+    return GPTConfig(**{ours: hf[theirs] for ours, theirs in OLMO_SHAPE.items()}, rope_theta=hf.get("rope_theta", 10000.0),
                      tied=hf.get("tie_word_embeddings") is not False)

@@ -45,7 +45,7 @@ def test_refuses_what_it_cannot_compute(model, tmp_path):
     (tmp_path / "config.json").write_text(text.replace('"clip_qkv": null', '"clip_qkv": 8.0'))
     with pytest.raises(ValueError, match="clip_qkv=8.0"):
         GPT.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="neither ckpt.pt nor config.json"):
+    with pytest.raises(ValueError, match="nothing/config.json cannot be read: .*No such file"):
         GPT.from_pretrained(tmp_path / "nothing")
 
 
@@ -64,7 +64,7 @@ def test_loss_and_gradients_equal_plain_cross_entropy(model):
 
 def test_chunks_do_not_change_the_loss(model):
     x, targets = torch.randn(70, 64, requires_grad=True), torch.randint(-1, 320, (70,))
-    results = [torch.autograd.grad(FusedCrossEntropy.apply(x, model.wte.weight, targets, chunk, True), [x, model.wte.weight])
+    results = [torch.autograd.grad(FusedCrossEntropy.apply(x, model.wte.weight, targets, chunk), [x, model.wte.weight])
                for chunk in (7, 1000)]
     for a, b in zip(*results):
         assert (a - b).abs().max() < 1e-4
@@ -172,7 +172,7 @@ def test_what_a_check_refuses_is_drawn_again_in_its_place(model, temperature, ch
     for (one, two, three, *_), o in zip((tried[i] for i in range(4)), out):
         assert one[:3] == two[:3] == three[:3] and three == o[:len(three)]
     assert any(two not in (one, three) for one, two, three, *_ in tried.values())
-    assert call(range(4), 1) == out and [call([i], chunk)[0] for i in range(4)] == out  # its draws are its own
+    assert [call([i], chunk)[0] for i in range(4)] == out  # its draws are its own
     if not temperature:  # argmax up to the refusal, and again after the check that kept what it saw
         for i, (p, o) in enumerate(zip(prompts, out)):
             first, last = tried[i][0], len(tried[i][2])

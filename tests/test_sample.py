@@ -56,8 +56,6 @@ def script(monkeypatch, enc, write):
         texts = [write(row.i, enc.decode(list(row.new)), row.temperature) for row in rows]
         ids = [enc.encode(text, allowed_special="all") for text in texts]
         assert all(row.new == new[:len(row.new)] for row, new in zip(rows, ids))
-        for row in rows:
-            row.uniforms.append(0.0)
         return [new[len(row.new):][:1] for row, new in zip(rows, ids)]
     monkeypatch.setattr(model_module.Decoder, "draw", draw)
 
