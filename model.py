@@ -9,7 +9,7 @@ embeddings, no dropout. The same function as Hugging Face's `OlmoForCausalLM`, w
     _, loss = model(idx, targets)                    # next-token cross-entropy
     tokens = model.generate([[1, 2, 3], [4]], 20)    # any number of prompts, of any lengths
 
-Left out: dropout and grouped heads (the paper has none), tensor parallelism (the models fit any GPU).
+Left out: dropout and grouped heads (the paper has none), tensor parallelism (any GPU holds them).
 """
 import copy
 import json
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # longest sequence, tokens
-    vocab_size: int = 50304  # rows of the embedding: the tokenizer's entries, up to a multiple of 64
+    vocab_size: int = 50304  # rows of the embedding: the tokenizer's entries, rounded up to 64s
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -37,19 +37,19 @@ class GPTConfig:
     def __post_init__(self):
         self.n_hidden = self.n_hidden or 4 * self.n_embd
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd={self.n_embd} must be an even number times n_head={self.n_head}: "
-                             "rotary positions turn pairs")
+            raise ValueError(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even number "
+                             "(rotary positions turn pairs)")
 
 
-# -- The forward pass ---------------------------------------------------------------------------------
+# -- The forward pass ------------------------------------------------------------------------------
 
 def norm(x):
     return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: elements i and i + D/2 of a head are a pair, turned by position * frequency i.
-    x: (B, H, T, D); cos, sin: broadcastable to it, the first half of sin negative."""
+    """Rotary positions: elements i and i + D/2 of a head are a pair, turned by position * frequency
+    i. x: (B, H, T, D); cos, sin: broadcastable to it, the first half of sin negative."""
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
@@ -57,13 +57,13 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # rows: q, then k, then v
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # rows: q, k, v
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, mask=None, cache=None):
-        """x: (B, T, C). mask: (B, 1, T, S), None is causal. cache: None, or (keys_values, slots, positions):
-        this call's are written to keys_values (2, slots, H, S, D) at [:, slots, :, positions]; with a
-        mask, as decoding has, all of the first B slots is attended to."""
+        """x: (B, T, C). mask: (B, 1, T, S), None is causal. cache: None, or (keys_values, slots,
+        positions): this call's are written to keys_values (2, slots, H, S, D) at [:, slots, :,
+        positions]; with a mask, as decoding has, all of the first B slots is attended to."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
@@ -102,8 +102,8 @@ class Block(nn.Module):
 
 class FusedCrossEntropy(torch.autograd.Function):
     """Sum over rows of cross-entropy(x @ weight.T, targets), a chunk of rows at a time, and with it
-    its gradient: the logits of a whole batch (32 x 1024 x 50304 in float32 are 6.6 GB) are never held,
-    and not computed twice, as checkpointing would (7 to 11% of a step)."""
+    its gradient: the logits of a whole batch (32 x 1024 x 50304 in float32 are 6.6 GB) are never
+    held, and not computed twice, as checkpointing would (7 to 11% of a step)."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, chunk):
@@ -115,7 +115,7 @@ class FusedCrossEntropy(torch.autograd.Function):
             logits = F.linear(xs, weight)  # float32, or what autocast says
             logp = logits.float().log_softmax(-1)
             total += F.nll_loss(logp, ts, ignore_index=-1, reduction="sum")
-            if ctx.needs_input_grad[0]:  # the gradient of the logits: p - one_hot(target), 0 where there is no target
+            if ctx.needs_input_grad[0]:  # the logits' gradient: p - one_hot(target), or 0
                 grad = logp.exp_()
                 grad[torch.arange(len(ts), device=ts.device), ts] -= 1
                 grad = grad.mul_((ts >= 0)[:, None]).to(logits.dtype)
@@ -136,9 +136,11 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied else nn.Linear(
+            config.n_embd, config.vocab_size, bias=False)
         half = config.n_embd // config.n_head // 2
-        positions, pairs = (torch.arange(n, device="cpu").double() for n in (config.block_size, half))
+        positions, pairs = (torch.arange(length, device="cpu").double()
+                            for length in (config.block_size, half))
         angles = torch.outer(positions, config.rope_theta ** (-pairs / half))  # (T, D / 2)
         cos, sin = angles.cos().float(), angles.sin().float()
         self.register_buffer("cos", torch.cat((cos, cos), 1), persistent=False)  # (T, D)
@@ -153,43 +155,46 @@ class GPT(nn.Module):
         return (self.lm_head or self.wte).weight
 
     def num_params(self):
-        """All parameters, a tied embedding once: 151,879,680 and 454,164,480 at the paper's shapes."""
+        """All parameters, a tied embedding once: 151,879,680 and 454,164,480 at the paper's
+        shapes."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, length):
-        """Training FLOPs a token of a sequence of `length`: 6 for each weight that multiplies (every
-        matrix; the tied embedding counts once, as the output layer: the look-up is free), and
-        12 * n_layer * n_embd * length / 2 for causal attention (queries x keys and weights x values,
-        forward and twice that backward)."""
+        """Training FLOPs a token of a sequence of `length`: 6 for each weight that multiplies
+        (every matrix; the tied embedding counts once, as the output layer: the look-up is free),
+        and 12 * n_layer * n_embd * length / 2 for causal attention (queries x keys and weights x
+        values, forward and twice that backward)."""
         matrices = self.num_params() - (0 if self.config.tied else self.wte.weight.numel())
         return 6 * matrices + 6 * self.config.n_layer * self.config.n_embd * length
 
     def forward(self, idx, targets=None, segments=None):
         """idx: (B, T) int64, T <= block_size. Returns (logits, loss).
 
-        Without targets: logits (B, T, vocab_size), loss None. With targets (B, T), -1 where there is no
-        loss: logits None (they are never held whole), loss the mean over the rest. segments: (B, T)
-        ints, for several examples packed into one row: a token attends to its own segment only. Rotary
-        attention knows nothing but differences of positions, so a packed example sees just what it
-        sees alone."""
+        Without targets: logits (B, T, vocab_size), loss None. With targets (B, T), -1 where there
+        is no loss: logits None (they are never held whole), loss the mean over the rest. segments:
+        (B, T) ints, for several examples packed into one row: a token attends to its own segment
+        only. Rotary attention knows nothing but differences of positions, so a packed example sees
+        just what it sees alone."""
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are longer than block_size={self.config.block_size}")
         mask = None
         if segments is not None:
             causal = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
-            mask = (segments[:, None, :, None] == segments[:, None, None, :]) & causal  # (B, 1, T, T)
+            same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
+            mask = same & causal
         x = self.hidden(idx, torch.arange(T, device=idx.device), mask)
         if targets is None:
             return F.linear(x, self.head), None
-        chunk = max(256, 2 ** 26 // self.config.vocab_size)  # rows whose logits fill 256 MB in float32
+        chunk = max(256, 2 ** 26 // self.config.vocab_size)  # rows whose logits fill 256 MB
         total = FusedCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(), chunk)
         return None, total / (targets >= 0).sum().clamp(min=1)
 
     def hidden(self, idx, positions, mask=None, cache=None, slots=None):
-        """The final norm's output, (B, T, C), for idx (B, T) at `positions`, (T,) or (B or 1, T)."""
+        """The final norm's output, (B, T, C), for idx (B, T) at `positions`, (T,) or (B or 1,
+        T)."""
         x = self.wte(idx)
-        at = positions.clamp(max=len(self.cos) - 1)  # a chunk of generated tokens may run past it in vain
+        at = positions.clamp(max=len(self.cos) - 1)  # a chunk of tokens may run past it, in vain
         rope = [table[at].unsqueeze(-3).to(x.dtype) for table in (self.cos, self.sin)]
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, None if cache is None else (cache[i], slots, positions))
@@ -199,22 +204,24 @@ class GPT(nn.Module):
     def generate(self, prompts, max_new_tokens, *, temperature=1.0, top_p=1.0, seeds=None,
                  stop_tokens=(), stop=None, check_tokens=(), check=None, batch_size=64,
                  on_token=None, chunk=0):
-        """Continue every prompt; a list of new tokens for each, without the stop token that ended it.
+        """Continue every prompt; a list of new tokens for each, without the stop token that ended
+        it.
 
-        prompts: lists of token ids. max_new_tokens: of all, or a list. temperature 0 takes the likeliest
-        token; else one is drawn from the nucleus of probability `top_p` by a uniform number of the row's
-        own seed (seeds: ints, default 0, 1, ...): what shares its batch changes nothing but last bits.
-        A row ends at one of `stop_tokens`, when stop(new) is true of its new tokens, after max_new_tokens
-        or at block_size; its place goes to the next prompt. on_token(i, token) hears of prompt i's
-        tokens as they come, and of its end as None. When one of `check_tokens` has come, check(i, new)
-        answers None, or how many of the new tokens to keep: the rest is drawn again (on_token hears how
-        many go, as a negative number), where temperature is 0 at 1, up to a check that answers None.
-        chunk: steps between two looks at the tokens, which change no sample; 0: 16 on CUDA, so that it
-        seldom waits, else 1. ValueError on an empty prompt or one that fills block_size."""
+        prompts: lists of token ids. max_new_tokens: of all, or a list. temperature 0 takes the
+        likeliest token; else one is drawn from the nucleus of probability `top_p` by a uniform
+        number of the row's own seed (seeds: ints, default 0, 1, ...): what shares its batch changes
+        nothing but last bits. A row ends at one of `stop_tokens`, when stop(new) is true of its new
+        tokens, after max_new_tokens or at block_size; its place goes to the next prompt.
+        on_token(i, token) hears of prompt i's tokens as they come, and of its end as None. When one
+        of `check_tokens` has come, check(i, new) answers None, or how many of the new tokens to
+        keep: the rest is drawn again (on_token hears how many go, as a negative number), where
+        temperature is 0 at 1, up to a check that answers None. chunk: steps between two looks at
+        the tokens, which change no sample; 0: 16 on CUDA, so that it seldom waits, else 1.
+        ValueError on an empty prompt or one that fills block_size."""
         every, block_size = [], self.config.block_size
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < block_size:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; 1 to {block_size - 1} have room")
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens, not 1 to {block_size - 1}")
             most = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[i]
             every.append(Row(i, tuple(prompt), min(most, block_size - len(prompt)), temperature,
                              Random(seeds[i] if seeds is not None else i), []))
@@ -258,7 +265,7 @@ class GPT(nn.Module):
                         rows[s] = last
         return [row.new for row in every]
 
-    # -- Hugging Face's OlmoForCausalLM ---------------------------------------------------------------
+    # -- Hugging Face's OlmoForCausalLM ------------------------------------------------------------
 
     def save_pretrained(self, folder, **extra):
         """Write config.json and model.safetensors into `folder`, for transformers'
@@ -267,8 +274,9 @@ class GPT(nn.Module):
         c, folder = self.config, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = OLMO | {theirs: getattr(c, ours) for ours, theirs in OLMO_SHAPE.items()} | dict(
-            architectures=["OlmoForCausalLM"], num_key_value_heads=c.n_head, rope_theta=c.rope_theta,
-            tie_word_embeddings=c.tied, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+            architectures=["OlmoForCausalLM"], num_key_value_heads=c.n_head,
+            rope_theta=c.rope_theta, tie_word_embeddings=c.tied, pad_token_id=None,
+            bos_token_id=None, eos_token_id=None,
             torch_dtype=str(self.wte.weight.dtype).split(".")[1]) | extra
         state, tensors = self.state_dict(), {}
         for ours, theirs in olmo_names(c).items():
@@ -278,9 +286,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """A model from a folder or the Hugging Face hub ("upiter/TinyCodeLM-150M"): our own `ckpt.pt`,
-        or config.json with model.safetensors or pytorch_model.bin, whole or in shards with an index;
-        float32 or bfloat16, which it keeps. OSError or ValueError, one line, where that fails."""
+        """A model from a folder or the Hugging Face hub ("upiter/TinyCodeLM-150M"): our own
+        `ckpt.pt`, or config.json with model.safetensors or pytorch_model.bin, whole or in shards
+        with an index; float32 or bfloat16, which it keeps. OSError or ValueError, one line, where
+        that fails."""
         folder = find_pretrained(name)
         if (folder / "ckpt.pt").is_file():
             return cls.from_checkpoint(load_file(folder / "ckpt.pt"))
@@ -293,14 +302,15 @@ class GPT(nn.Module):
         names = olmo_names(config)
         wrong = set(tensors) ^ set(sum(names.values(), ()))
         if wrong:
-            raise ValueError(f"{folder}: missing or unknown tensors: {', '.join(sorted(wrong)[:9])}")
-        state = {ours: torch.cat([tensors[name] for name in theirs]) for ours, theirs in names.items()}
+            raise ValueError(f"{folder}: missing or unknown: {', '.join(sorted(wrong)[:9])}")
+        state = {ours: torch.cat([tensors[name] for name in theirs])
+                 for ours, theirs in names.items()}
         return cls.from_checkpoint({"config": vars(config), "model": state})
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
-        """A model from what train.py saves: a dict with `config` (GPTConfig's fields) and `model` (a
-        state dict), whose dtype it keeps. ValueError where these are missing or do not fit."""
+        """A model from what train.py saves: a dict with `config` (GPTConfig's fields) and `model`
+        (a state dict), whose dtype it keeps. ValueError where these are missing or do not fit."""
         try:
             with torch.device("meta"):  # no time spent on weights that are replaced at once
                 model = cls(GPTConfig(**checkpoint["config"]))
@@ -310,7 +320,7 @@ class GPT(nn.Module):
         return model
 
 
-# -- Generation: the rows of a batch, the key-value cache, a step -------------------------------------
+# -- Generation: the rows of a batch, the key-value cache, a step ----------------------------------
 
 @dataclass
 class Row:
@@ -324,24 +334,25 @@ class Row:
 
 
 def pack_linear(weight, rows):
-    """x -> x @ weight.T in float32 on a CPU, with the matrix laid out once for oneDNN's products with
-    `rows` rows: F.linear's own layout is about half as fast."""
+    """x -> x @ weight.T in float32 on a CPU, with the matrix laid out once for oneDNN's products
+    with `rows` rows: F.linear's own layout is about half as fast."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 class Decoder:
-    """The cache of `slots` sequences, and the step that feeds each its last token and draws the next.
-    The shapes of a step depend on nothing but how many slots are in use, a bound of their lengths, and
-    whether all are greedy; on CUDA a graph is captured for each."""
+    """The cache of `slots` sequences, and the step that feeds each its last token and draws the
+    next. The shapes of a step depend on nothing but how many slots are in use, a bound of their
+    lengths, and whether all are greedy; on CUDA a graph is captured for each."""
 
     def __init__(self, model, slots, length, top_p, chunk):
         c, w = model.config, model.wte.weight
         self.top_p, self.chunk, self.graphs, self.pool = top_p, chunk, {}, None
-        # Of each slot: its last token, the position of that, its temperature, and the chunk's uniform
-        # numbers, of which a step takes the first and puts the token that it draws behind the last.
+        # Of each slot: its last token, the position of that, its temperature, and the chunk's
+        # uniform numbers, of which a step takes the first and puts the token that it draws behind
+        # the last.
         self.state = torch.zeros(slots, 3 + chunk, device=w.device)
-        length = -(-(length + chunk) // 64) * 64  # a row that ends within a chunk runs on to its end
+        length = -(-(length + chunk) // 64) * 64  # a row that ends in a chunk runs on to its end
         # (layers, keys and values, slots, H, S, D): what a head attends to lies together
         self.cache = torch.zeros(c.n_layer, 2, slots, c.n_head, length, c.n_embd // c.n_head,
                                  dtype=w.dtype, device=w.device)
@@ -357,10 +368,11 @@ class Decoder:
         firsts, device = {}, self.cache.device
         for slot, prompt in enumerate(prompts, start):
             firsts.setdefault(prompt, slot)
-        # Padded on the right: causal attention keeps the padding from every real token, and decoding
-        # overwrites its keys before the mask lets anyone see them.
+        # Padded on the right: causal attention keeps the padding from every real token, and
+        # decoding overwrites its keys before the mask lets anyone see them.
         longest = max(map(len, prompts))
-        idx = torch.tensor([prompt + (0,) * (longest - len(prompt)) for prompt in firsts], device=device)
+        padded = [prompt + (0,) * (longest - len(prompt)) for prompt in firsts]
+        idx = torch.tensor(padded, device=device)
         self.model.hidden(idx, torch.arange(longest, device=device)[None], None, self.cache,
                           torch.tensor(list(firsts.values()), device=device))
         sources = [firsts[prompt] for prompt in prompts]
@@ -373,16 +385,17 @@ class Decoder:
         mask = (torch.arange(limit, device=device) <= positions)[:, None, None]  # (n, 1, 1, limit)
         x = self.model.hidden(tokens, positions, mask, self.cache, torch.arange(n, device=device))
         logits = self.head(x[:, 0]).float()
-        drawn = logits.argmax(-1) if greedy else sample_tokens(logits, state[:, 2], self.top_p, state[:, 3])
-        state.copy_(torch.cat((drawn[:, None], positions + 1, state[:, 2:3], state[:, 4:], drawn[:, None]), 1))
+        drawn = (logits.argmax(-1) if greedy else
+                 sample_tokens(logits, state[:, 2], self.top_p, state[:, 3]))[:, None]
+        state.copy_(torch.cat((drawn, positions + 1, state[:, 2:3], state[:, 4:], drawn), 1))
 
     def draw(self, rows):
         """The next `chunk` tokens of each of the rows, as lists."""
         positions, cuda = [len(row.prompt) + len(row.new) - 1 for row in rows], self.cache.is_cuda
         self.state.zero_()
         self.state[:len(rows)] = torch.tensor([
-            [(row.new or row.prompt)[-1], at, row.temperature, *(row.random.random() for _ in range(self.chunk))]
-            for row, at in zip(rows, positions)])
+            [(row.new or row.prompt)[-1], at, row.temperature]
+            + [row.random.random() for _ in range(self.chunk)] for row, at in zip(rows, positions)])
         # on CUDA few shapes, few graphs: a slot without a row is fed a token at position 0, in vain
         n, limit = len(self.state if cuda else rows), -(-(max(positions) + self.chunk) // 64) * 64
         shape = n, limit, not any(row.temperature for row in rows)
@@ -413,7 +426,7 @@ def sample_tokens(logits, temperatures, top_p, u):
     return torch.where(temperatures[:, None] == 0, likeliest, drawn).squeeze(1)
 
 
-# -- Files of weights ---------------------------------------------------------------------------------
+# -- Files of weights ------------------------------------------------------------------------------
 
 # What config.json calls GPTConfig's fields, and what it must say of the rest.
 OLMO_SHAPE = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
@@ -427,24 +440,26 @@ def olmo_names(config):
     names = {"wte.weight": ("model.embed_tokens.weight",)}
     if not config.tied:
         names["lm_head.weight"] = ("lm_head.weight",)
-    parts = {"attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"), "attn.proj": ("self_attn.o",),
+    parts = {"attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
+             "attn.proj": ("self_attn.o",),
              "mlp.gate_up": ("mlp.gate", "mlp.up"), "mlp.down": ("mlp.down",)}
     for i in range(config.n_layer):
         for ours, theirs in parts.items():
-            names[f"blocks.{i}.{ours}.weight"] = tuple(f"model.layers.{i}.{name}_proj.weight" for name in theirs)
+            names[f"blocks.{i}.{ours}.weight"] = tuple(
+                f"model.layers.{i}.{name}_proj.weight" for name in theirs)
     return names
 
 
 def find_pretrained(name):
-    """The folder `name`; or, of a model on the Hugging Face hub ("owner/name"), the one that holds its
-    config, tokenizer and weights. OSError or ValueError, one line, if it cannot be had."""
+    """The folder `name`; or, of a model on the Hugging Face hub ("owner/name"), the one that holds
+    its config, tokenizer and weights. OSError or ValueError, one line, if it cannot be had."""
     if Path(name).exists() or str(name).count("/") != 1:
         return Path(name)
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"],
-                                      ignore_patterns="*/*"))
-    except (ImportError, OSError, ValueError) as e:  # the hub's own say whether it is gated, private, ...
+        return Path(snapshot_download(name, ignore_patterns="*/*", allow_patterns=[
+            "*.json", "*.safetensors", "pytorch_model*.bin"]))
+    except (ImportError, OSError, ValueError) as e:  # they say whether it is gated, private, ...
         raise OSError(f"no folder here; of the Hugging Face hub: {one_line(e)}") from None
 
 
@@ -456,8 +471,8 @@ def one_line(error):
 
 
 def load_file(path):
-    """What a .json or .safetensors file, or one of torch.save, holds: a dict. OSError or ValueError,
-    one line, if it is missing, torn, or holds code."""
+    """What a .json or .safetensors file, or one of torch.save, holds: a dict. OSError or
+    ValueError, one line, if it is missing, torn, or holds code."""
     try:
         if path.suffix == ".json":
             return dict(json.loads(path.read_text()))
@@ -489,8 +504,10 @@ def read_olmo_config(folder):
     hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     fixed = OLMO | {"num_key_value_heads": hf.get("num_attention_heads"), "rope_type": "default"}
     wrong = [f"{key}={hf[key]!r}" for key in fixed if hf.get(key) not in (None, fixed[key])]
-    wrong += [f"{key}={hf.get(key)!r}" for key in OLMO_SHAPE.values() if not isinstance(hf.get(key), int)]
+    wrong += [f"{key}={hf.get(key)!r}" for key in OLMO_SHAPE.values()
+              if not isinstance(hf.get(key), int)]
     if wrong:
         raise ValueError(f"{path}: not supported: {', '.join(wrong)}")
-    return GPTConfig(**{ours: hf[theirs] for ours, theirs in OLMO_SHAPE.items()}, rope_theta=hf.get("rope_theta", 10000.0),
+    return GPTConfig(**{ours: hf[theirs] for ours, theirs in OLMO_SHAPE.items()},
+                     rope_theta=hf.get("rope_theta", 10000.0),
                      tied=hf.get("tie_word_embeddings") is not False)

@@ -35,7 +35,8 @@ class Settings:
 
 
 def find_checkpoint():
-    """The folder of the out*/ckpt.pt that was written last, or one line that says how to get one."""
+    """The folder of the out*/ckpt.pt that was written last, or one line that says how to get
+    one."""
     found = sorted(Path(".").glob("out*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
     return str(found[-1].parent) if found else die(
         "no checkpoint (out*/ckpt.pt) yet: `make demo` trains one in a quarter of an hour, "
@@ -45,9 +46,9 @@ def find_checkpoint():
 def load_model(init_from, device="auto", dtype="auto"):
     """(model in evaluation mode on the device, its tokenizer, info: form, step, tokenizer, ...).
 
-    init_from: a folder with ckpt.pt (the tokenizer must be the one it was trained with) or a Hugging
-    Face model, whose form is "form" in its config.json, else what its name says: edits for "LintSeq",
-    programs for another "Instruct". SystemExit with one line if it cannot be had."""
+    init_from: a folder with ckpt.pt (the tokenizer must be the one it was trained with) or a
+    Hugging Face model, whose form is "form" in its config.json, else what its name says: edits for
+    "LintSeq", programs for another "Instruct". SystemExit with one line if it cannot be had."""
     import torch  # here: --help and a wrong key need not wait for it
     from model import GPT, find_pretrained, load_file
     if device == "auto":
@@ -95,8 +96,8 @@ def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, s
     """A raw text for each prompt: what the model wrote up to end-of-text, a string of `stop` or
     max_new_tokens; None for a prompt that leaves no room in block_size.
 
-    on_done(i, raw) is called as prompt i finishes, in any order; on_text(i, text) with its text so far,
-    as whole characters come and as an edit goes. Edits are drawn again as EditChecker says."""
+    on_done(i, raw) is called as prompt i finishes, in any order; on_text(i, text) with its text so
+    far, as whole characters come and as an edit goes. Edits are drawn again as EditChecker says."""
     ids = [prepare.encode_prompt(enc, form, prompt) for prompt in prompts]
     fits = [i for i, prompt in enumerate(ids) if 0 < len(prompt) < model.config.block_size]
     tokens, raws = [[] for _ in prompts], [None] * len(prompts)
@@ -136,15 +137,16 @@ def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, s
 
 
 def marker_ends(enc):
-    """The tokens with which <|diff|> ends: its own, or in a tokenizer that has none the last of its spelling."""
+    """The tokens with which <|diff|> ends: its own, or in a tokenizer that has none the last of its
+    spelling."""
     own = enc._special_tokens.get(lintseq.DIFF)
     return (enc.encode_ordinary("\n" + lintseq.DIFF)[-1],) if own is None else (own,)
 
 
 class EditChecker:
-    """The program that one row's edits have made so far, as model.generate's `check`: an edit is applied
-    when the marker after it has come, and drawn again, up to `retries` times, where it is malformed or
-    leaves a program with linter errors."""
+    """The program that one row's edits have made so far, as model.generate's `check`: an edit is
+    applied when the marker after it has come, and drawn again, up to `retries` times, where it is
+    malformed or leaves a program with linter errors."""
 
     def __init__(self, enc, retries):
         self.enc, self.retries = enc, retries
@@ -173,8 +175,9 @@ def has_errors(program):
 
 
 def read_program(form, prompt, raw):
-    """(the program, a report) of what the model wrote: edits applied, a whole program as it is, or a
-    prompt and its continuation. The report counts edits, hunks, malformed ones (zero for programs)."""
+    """(the program, a report) of what the model wrote: edits applied, a whole program as it is, or
+    a prompt and its continuation. The report counts edits, hunks, malformed ones (zero for
+    programs)."""
     if form == "edits":
         return lintseq.apply_and_count(raw)
     return (prompt + raw if form == "text" else raw), {"edits": 0, "hunks": 0, "malformed": 0}

@@ -120,7 +120,8 @@ def test_a_sample_does_not_depend_on_its_batch(model):
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_looking_at_the_tokens_once_a_chunk_changes_nothing(model, temperature):
-    """As on CUDA, where 16 steps are taken before the host sees a token: rows end anywhere within a chunk."""
+    """As on CUDA, where 16 steps are taken before the host sees a token: rows end anywhere within a
+    chunk."""
     prompts = [torch.randint(320, (n,)).tolist() for n in (5, 30, 12, 1, 90, 8, 93)]
     most = [25, 3, 17, 25, 25, 1, 25]  # the fifth and the last end at block_size
     seen = {}
@@ -184,7 +185,8 @@ def test_what_a_check_refuses_is_drawn_again_in_its_place(model, temperature, ch
 
 
 def test_what_is_drawn_again_follows_the_model(model):
-    """Whatever was refused before it, the second token is drawn from what the model says after the first."""
+    """Whatever was refused before it, the second token is drawn from what the model says after the
+    first."""
     prompt, tries = [5, 6, 7], {}
 
     def check(i, new):

@@ -24,7 +24,8 @@ BAD = {"a name that nothing defines": "@@ -1,0 +2 @@\n+print(y)", "a syntax erro
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """out/ with a checkpoint and best.pt of an untrained model of edits, its tokenizer, two problems."""
+    """out/ with a checkpoint and best.pt of an untrained model of edits, its tokenizer, two
+    problems."""
     folder = tmp_path_factory.mktemp("sample")
     prepare.train_tokenizer(folder / "small.tiktoken", [PROGRAM * 20], 300)
     enc = prepare.get_tokenizer(str(folder / "small.tiktoken"))
@@ -140,11 +141,12 @@ def test_prompts_without_room_stops_and_rows_without_a_token(monkeypatch, model,
     assert sample.complete(model, enc, "text", ["f"], max_new_tokens=5, temperature=0, top_p=1.0, seeds=[0]) == [""]
 
 
-# -- The command ----------------------------------------------------------------------------------------------
+# -- The command -----------------------------------------------------------------------------------
 
 @pytest.fixture
 def call(folder, tmp_path, monkeypatch, capsys):
-    """(status, standard output, standard error) of sample.py with arguments, in a copy of the folder."""
+    """(status, standard output, standard error) of sample.py with arguments, in a copy of the
+    folder."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
