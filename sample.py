@@ -1,12 +1,12 @@
 """A prompt to a program: the model writes edits, each is applied as it ends, the program grows.
 
-    python sample.py                                      # the newest checkpoint, a sample instruction
-    python sample.py --prompt="Write a function that ..." --num_samples=3 --temperature=1 --out=f.py
+    python sample.py                                  # the newest checkpoint, a sample instruction
+    python sample.py --prompt="Write a function that ..." --num_samples=3 --temperature=1
     echo "Write a function that ..." | python sample.py --init_from=out-150m-edits
 
-The program goes to standard output or --out, what the model wrote (the edits, in colour on a terminal)
-to standard error. Nothing that a model writes is run here. Left out: chat, and prompts longer than the
-model's block_size.
+The program goes to standard output or --out, what the model wrote (the edits, in colour on a
+terminal) to standard error. Nothing that a model writes is run here. Left out: chat, and prompts
+longer than the model's block_size.
 """
 import re
 import sys
@@ -16,10 +16,11 @@ import config
 import lintseq
 import prepare
 from config import die
+from lintseq import DIFF
 
 
 class Settings:
-    init_from = ""  # a folder with ckpt.pt, or a Hugging Face model; empty: out_dir, else the newest
+    init_from = ""  # a folder with ckpt.pt, or a Hugging Face model; empty: out_dir, or the newest
     out_dir = ""  # where a config file's own training run wrote
     prompt = ""  # the instruction; empty: standard input, if piped in, else the benchmark's first
     benchmark = "data/demo-problems.jsonl"  # JSONL of problems
@@ -28,17 +29,16 @@ class Settings:
     max_new_tokens: (1,) = 512  # of a sample, at most
     temperature = 0.0  # 0 takes the likeliest token; the paper samples with 1 and top_p 0.95
     top_p: (0, 1) = 0.95  # nucleus
-    edit_retries = 2  # edits: how often one that is malformed or leaves linter errors is drawn again
+    edit_retries = 2  # how often an edit is drawn again if it is malformed or leaves linter errors
     seed = 1337  # of the first sample
     device = "auto"  # cuda if there is one, mps, else cpu
     dtype: ("auto", "float32", "bfloat16") = "auto"  # auto: bfloat16 on cuda, else float32
 
 
 def find_checkpoint():
-    """The folder of the out*/ckpt.pt that was written last, or one line that says how to get
-    one."""
-    found = sorted(Path(".").glob("out*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    return str(found[-1].parent) if found else die(
+    """The folder of the out*/ckpt.pt that was written last, or one line on how to get one."""
+    newest = max(Path().glob("out*/ckpt.pt"), key=lambda path: path.stat().st_mtime, default=None)
+    return str(newest.parent) if newest else die(
         "no checkpoint (out*/ckpt.pt) yet: `make demo` trains one in a quarter of an hour, "
         "or name a folder or a Hugging Face model with --init_from")
 
@@ -57,33 +57,27 @@ def load_model(init_from, device="auto", dtype="auto"):
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as e:
-        die(f"--device={device}: {str(e).splitlines()[0]}")
-    try:
         folder = find_pretrained(init_from)
+        model = GPT.from_pretrained(folder).to(device, getattr(torch, dtype)).eval()
         if (folder / "ckpt.pt").is_file():
             checkpoint = load_file(folder / "ckpt.pt")
-            model, info = GPT.from_checkpoint(checkpoint), checkpoint["meta"] | {"step": checkpoint["step"]}
-        elif (folder / "config.json").is_file():
-            model, name = GPT.from_pretrained(folder), Path(init_from).name.lower()
+            info = checkpoint["meta"] | {"step": checkpoint["step"]}
+        else:
+            name = Path(init_from).name.lower()
             form = "edits" if "lintseq" in name else "programs" if "instruct" in name else "text"
             info = {"form": load_file(folder / "config.json").get("form", form), "step": 0,
                     "tokenizer": str(folder / "tokenizer.json")}
-        else:
-            die(f"{init_from} has no ckpt.pt: train one (python train.py config/demo.py) or name another "
-                "with --init_from")
         enc = prepare.get_tokenizer(info["tokenizer"])
-    except (OSError, ValueError, KeyError) as e:
-        best = Path(init_from, "best.pt")
-        advice = f"; put {best} in its place" if best.is_file() and "ckpt.pt cannot be read" in str(e) else ""
-        die(f"{init_from}: {e}{advice}")
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as e:
+        torn, best = f"{init_from}/ckpt.pt cannot be read" in str(e), Path(init_from, "best.pt")
+        advice = f"; put {best} in its place" if torn and best.is_file() else ""
+        die(f"{init_from} on {device}: {' '.join(str(e).split())}{advice}")
     found = prepare.fingerprint(enc)
-    if info.setdefault("fingerprint", found) != found:
-        die(f"{init_from} was trained with another {info['tokenizer']} (fingerprint {info['fingerprint']}, "
-            f"this one's is {found}): put the old file back, or train again")
-    info.setdefault("vocab_size", enc.n_vocab)
-    return model.to(device, getattr(torch, dtype)).eval(), enc, info
+    info = {"fingerprint": found, "vocab_size": enc.n_vocab} | info
+    if info["fingerprint"] != found:
+        die(f"{init_from} was trained with another {info['tokenizer']} (its fingerprint is "
+            f"{info['fingerprint']}, this one's {found}): put the old file back, or train again")
+    return model, enc, info
 
 
 def decode(enc, tokens):
@@ -104,11 +98,12 @@ def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, s
 
     def text_of(new):
         text = decode(enc, new)
-        return text[:min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+        for string in stop:
+            text = text.split(string)[0]
+        return text
 
     def stopped(new):  # a stop string ends in the last token, so it begins in the last few
-        tail = decode(enc, new[-24:])
-        return any(string in tail for string in stop)
+        return any(string in decode(enc, new[-24:]) for string in stop)
 
     def on_token(j, token):
         i = fits[j]
@@ -121,26 +116,24 @@ def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, s
             del tokens[i][token:]
         else:
             tokens[i].append(token)
-        if on_text and not decode(enc, tokens[i][-4:]).endswith("\ufffd"):
+        if on_text and not decode(enc, tokens[i][-4:]).endswith("\ufffd"):  # half of a character
             on_text(i, text_of(tokens[i]))
 
-    for i in set(range(len(prompts))) - set(fits):
-        if on_done:
+    for i in range(len(ids)):
+        if on_done and i not in fits:
             on_done(i, None)
-    checked = edit_retries and form == "edits"
     checkers = [EditChecker(enc, edit_retries) for _ in fits]
     model.generate([ids[i] for i in fits], max_new_tokens, temperature=temperature, top_p=top_p,
                    seeds=[seeds[i] for i in fits], stop_tokens=(enc.eot_token,),
-                   stop=stopped if stop else None, check_tokens=marker_ends(enc) if checked else (),
-                   check=lambda j, new: checkers[j](new), batch_size=batch_size, on_token=on_token)
+                   stop=stop and stopped, batch_size=batch_size, on_token=on_token,
+                   check_tokens=marker_ends(enc) if form == "edits" else (),
+                   check=lambda j, new: checkers[j](new))
     return raws
 
 
 def marker_ends(enc):
-    """The tokens with which <|diff|> ends: its own, or in a tokenizer that has none the last of its
-    spelling."""
-    own = enc._special_tokens.get(lintseq.DIFF)
-    return (enc.encode_ordinary("\n" + lintseq.DIFF)[-1],) if own is None else (own,)
+    """The tokens with which <|diff|> ends: its own, or the last of its spelling."""
+    return [enc._special_tokens.get(DIFF, enc.encode_ordinary("\n" + DIFF)[-1])]
 
 
 class EditChecker:
@@ -154,22 +147,23 @@ class EditChecker:
 
     def __call__(self, new):
         text = decode(self.enc, new[self.begin:])
-        if not text.endswith("\n" + lintseq.DIFF):  # in a line of the program it is text
-            return None
+        if not text.endswith("\n" + DIFF):  # in a line of the program it is text
+            return
         lines, report = list(self.lines), {"hunks": 0, "malformed": 0}
-        edits = [edit for edit in text.split("\n" + lintseq.DIFF) if edit]  # one; none at the very end
+        edits = [edit for edit in text.split("\n" + DIFF) if edit]  # one, or at the end none
         for edit in edits:
             lintseq.apply_edit(lines, edit, report)
-        bad = edits and (report["malformed"] or has_errors("\n".join(lines)))
-        if bad and self.tries < self.retries:
+        if self.tries < self.retries and edits and (
+                report["malformed"] or has_errors("\n".join(lines))):
             self.tries += 1
             return self.begin
         self.lines, self.begin, self.tries = lines, len(new), 0
 
 
 def has_errors(program):
+    """True, or the linter's list, where a program does not parse or the linter finds errors."""
     try:
-        return bool(lintseq.lint(program))
+        return lintseq.lint(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # as the parser says it
         return True
 
@@ -189,26 +183,22 @@ def find_prompt(cfg, form):
     try:
         if not prompt and not sys.stdin.isatty():
             prompt = sys.stdin.buffer.read().decode().rstrip("\n")
-        prompt.encode()
     except UnicodeError:
-        die("the prompt is not UTF-8")
+        die("standard input is not UTF-8")
     if prompt or form == "text":
         return prompt or "def "
     if not Path(cfg.benchmark).is_file():
-        die(f"no --prompt, nothing on standard input, and no --benchmark={cfg.benchmark} to take one from")
-    _, row = next(config.read_rows(cfg.benchmark), (0, ValueError("it is empty")))
-    instruction = row.get("instruction") if isinstance(row, dict) else None
-    if not isinstance(instruction, str) or not instruction:
-        die(f"--benchmark={cfg.benchmark}: no instruction in its first row"
-            + (f" ({row})" if isinstance(row, ValueError) else "") + "; give a --prompt")
-    return instruction
+        die(f"no --prompt, nothing on standard input, and no --benchmark={cfg.benchmark}")
+    _, row = next(config.read_rows(cfg.benchmark), (0, "it is empty"))
+    if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
+        die(f"--benchmark={cfg.benchmark}: no instruction in its first row ({row!s:.90}); "
+            "give a --prompt")
+    return row["instruction"]
 
 
 def make_display(coloured):
-    """on_text for `complete`: prints what is new; what was taken back is said."""
+    """on_text for `complete`: prints what is new, and says where an edit was taken back."""
     shown = 0
-    colours = {"\n+": "\n\033[32m+", "@@": "\033[36m@@", "\n@@": "\n\033[36m@@",
-               "\n<|diff|>": "\n\033[0;2m<|diff|>\033[0m"}
 
     def show(_, text):
         nonlocal shown
@@ -218,7 +208,8 @@ def make_display(coloured):
         piece = text[shown:].removesuffix("\n")  # kept back: what follows it decides the colour
         shown += len(piece)
         if coloured:
-            piece = re.sub(r"\n\+|\n<\|diff\|>|(\n|^)@@", lambda m: colours[m[0]], piece)
+            piece = re.sub("(^|\n)@@", "\\1\033[36m@@", piece).replace("\n+", "\n\033[32m+")
+            piece = piece.replace("\n<|diff|>", "\n\033[0;2m<|diff|>\033[0m")
         print(piece, end="", file=sys.stderr, flush=True)
 
     return show
@@ -226,28 +217,28 @@ def make_display(coloured):
 
 def main():
     cfg = config.load(Settings)
-    out = Path(cfg.out)
-    if cfg.out and not (out.parent.is_dir() and out.name and not out.is_dir()):
-        die(f"--out={cfg.out}: no file in a folder that is there")
-    model, enc, info = load_model(cfg.init_from or cfg.out_dir or find_checkpoint(), cfg.device, cfg.dtype)
+    model, enc, info = load_model(
+        cfg.init_from or cfg.out_dir or find_checkpoint(), cfg.device, cfg.dtype)
     form, coloured = info["form"], sys.stderr.isatty()
     prompt = find_prompt(cfg, form)
-    if cfg.num_samples > 1 and not cfg.temperature:
-        print("# at temperature 0 all samples are one", file=sys.stderr)
-    for n in range(cfg.num_samples if cfg.temperature else 1):
+    for n in range(cfg.num_samples):
         print(f"# {prompt}", file=sys.stderr)
         raw, = complete(model, enc, form, [prompt], max_new_tokens=cfg.max_new_tokens,
                         temperature=cfg.temperature, top_p=cfg.top_p, seeds=[cfg.seed + n],
-                        edit_retries=cfg.edit_retries, on_text=make_display(coloured and form == "edits"))
-        print("\033[0m" if coloured else "", file=sys.stderr)
+                        edit_retries=cfg.edit_retries,
+                        on_text=make_display(coloured and form == "edits"))
         if raw is None:
-            die(f"the prompt's {len(prepare.encode_prompt(enc, form, prompt))} tokens leave no room in the "
-                f"model's block_size={model.config.block_size}: shorten it")
+            tokens = len(prepare.encode_prompt(enc, form, prompt))
+            die(f"the prompt's {tokens} tokens leave no room in the model's "
+                f"block_size={model.config.block_size}: shorten it")
+        print("\033[0m" if coloured else "", file=sys.stderr)
         program, report = read_program(form, prompt, raw)
         if report["malformed"]:
-            print(f"# {report['malformed']} of {report['hunks']} hunks were malformed", file=sys.stderr)
+            print(f"# malformed: {report['malformed']} of {report['hunks']} hunks", file=sys.stderr)
         if cfg.out:
-            path = out.with_stem(f"{out.stem}-{n}") if n else out
+            path = Path(cfg.out)
+            if n:
+                path = path.with_stem(f"{path.stem}-{n}")
             path.write_text(program, encoding="utf-8")
             print(f"# {path}", file=sys.stderr)
         else:

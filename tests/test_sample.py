@@ -169,21 +169,20 @@ def test_where_the_prompt_comes_from(call, tmp_path):
         assert status == 0 and err.startswith(f"# {prompt}\n"), err
     status, out, err = call("--prompt=x", few, "--out=p.py", "--num_samples=2", "--temperature=1")
     assert status == 0 and out == "" and (tmp_path / "p.py").exists() and (tmp_path / "p-1.py").exists()
-    assert "all samples are one" in call("--prompt=x", few, "--num_samples=2")[2]
     assert call("--prompt=x", few, "--dtype=bfloat16")[0] == 0
 
 
 @pytest.mark.parametrize("args, stdin, message", [
     (["--prompt=" + "x" * 90], b"", "92 tokens leave no room in the model's block_size=64"),
     (["--dtype=float16"], b"", "dtype='float16' is not auto or float32 or bfloat16"),
-    (["--device=tpu"], b"", "--device=tpu: "), (["--device=cuda:77"], b"", "--device=cuda:77: "),
-    (["--device=meta"], b"", "--device=meta: "),
+    (["--device=tpu"], b"", "out on tpu: "), (["--device=cuda:77"], b"", "out on cuda:77: "),
     (["--num_samples=0"], b"", "at least 1"), (["--max_new_tokens=-3"], b"", "at least 1"),
     (["--top_p=1.5"], b"", "at most 1"), (["--temperature=-1"], b"", "at least 0"), (["--seed=-1"], b"", "at least 0"),
     (["--temperature=nan"], b"", "temperature"), (["--edit_retries=1.5"], b"", "edit_retries"),
-    (["--out=nowhere/p.py"], b"", "--out=nowhere/p.py"), (["--out=out"], b"", "--out=out"),
-    (["--init_from=nowhere"], b"", "nowhere has no ckpt.pt"), (["--out_dir=nowhere"], b"", "nowhere has no ckpt.pt"),
-    ([], b"\xff", "the prompt is not UTF-8"), ([], b"", "no --benchmark=data/demo-problems.jsonl"),
+    (["--out=nowhere/p.py", "--prompt=x", "--max_new_tokens=2"], b"", "No such file or directory: 'nowhere/p.py'"),
+    (["--out=out", "--prompt=x", "--max_new_tokens=2"], b"", "Is a directory: 'out'"),
+    (["--init_from=nowhere"], b"", "nowhere on cpu: nowhere/config.json cannot be read"), (["--out_dir=nowhere"], b"", "nowhere on cpu: nowhere/config.json cannot be read"),
+    ([], b"\xff", "standard input is not UTF-8"), ([], b"", "no --benchmark=data/demo-problems.jsonl"),
     (["--benchmark=broken.jsonl"], b"", "broken.jsonl: no instruction in its first row (not JSON"),
     (["--benchmark=other.jsonl"], b"", "other.jsonl: no instruction in its first row"),
     (["--benchmark=empty.jsonl"], b"", "empty.jsonl: no instruction in its first row (it is empty)"),
@@ -193,7 +192,7 @@ def test_what_is_wrong_is_one_line(call, tmp_path, args, stdin, message):
     (tmp_path / "other.jsonl").write_text('{"instruction": 3}')
     (tmp_path / "empty.jsonl").touch()
     status, out, err = call(*args, stdin=stdin)
-    err = "".join(line for line in err.splitlines(True) if line.strip() and not line.startswith("#"))
+    err = "".join(line for line in err.splitlines(True) if line.startswith("sample.py: ")) or err
     assert status in (1, 2) and message in err and err.count("\n") == 1 and out == "", err
 
 
@@ -212,7 +211,7 @@ def test_a_torn_checkpoint_and_the_advice_that_comes_with_it(call, tmp_path):
     for state in ({}, {"model": {}}, {"config": {"n_layer": 1}, "model": {}, "meta": {}, "step": 1}, [1]):
         torch.save(state, tmp_path / "out/ckpt.pt")
         status, _, err = call("--prompt=x")
-        assert status == 1 and err.startswith("sample.py: out: ") and err.count("\n") == 1, err
+        assert status == 1 and err.startswith("sample.py: out on cpu: ") and err.count("\n") == 1, err
 
 
 def test_the_tokenizer_must_be_the_one_of_the_training(call, tmp_path):
