@@ -196,21 +196,22 @@ def find_prompt(cfg, form):
     return row["instruction"]
 
 
+COLOURS = {"@": "\033[36m@", "+": "\033[32m+", "<": "\033[35m<"}  # of a header, a line, a marker
+
+
 def make_display(coloured):
     """on_text for `complete`: prints what is new, and says where an edit was taken back."""
     shown = 0
 
     def show(_, text):
         nonlocal shown
+        if coloured:  # by what a line, or what follows a marker, begins with
+            text = re.sub(r"(?m)(?:^|(?<=<\|diff\|>))[@+<]", lambda m: COLOURS[m[0]], text)
         if len(text) < shown:
             print("\n# again:", file=sys.stderr)
             shown = len(text)
-        piece = text[shown:].removesuffix("\n")  # kept back: what follows it decides the colour
-        shown += len(piece)
-        if coloured:
-            piece = re.sub("(^|\n)@@", "\\1\033[36m@@", piece).replace("\n+", "\n\033[32m+")
-            piece = piece.replace("\n<|diff|>", "\n\033[0;2m<|diff|>\033[0m")
-        print(piece, end="", file=sys.stderr, flush=True)
+        print(text[shown:], end="", file=sys.stderr, flush=True)
+        shown = len(text)
 
     return show
 

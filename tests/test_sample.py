@@ -24,13 +24,18 @@ BAD = {"a name that nothing defines": "@@ -1,0 +2 @@\n+print(y)", "a syntax erro
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """out/ with a checkpoint and best.pt of an untrained model of edits, its tokenizer, two
-    problems."""
+    """out/ with a checkpoint and best.pt of a model that knows one answer, its tokenizer, problems."""
     folder = tmp_path_factory.mktemp("sample")
     prepare.train_tokenizer(folder / "small.tiktoken", [PROGRAM * 20], 300)
     enc = prepare.get_tokenizer(str(folder / "small.tiktoken"))
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=1, n_head=2, n_embd=16))
+    model = GPT(GPTConfig(block_size=128, vocab_size=320, n_layer=1, n_head=2, n_embd=32))
+    ids = prepare.encode_prompt(enc, "edits", "Write f.") + enc.encode(response(GOOD, MORE), allowed_special="all")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for _ in range(100):
+        model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
     state = {"config": vars(model.config), "model": model.state_dict(), "step": 7, "best": 1.0, "meta": {
         "form": "edits", "tokenizer": "small.tiktoken", "vocab_size": enc.n_vocab,
         "fingerprint": prepare.fingerprint(enc)}}
@@ -172,8 +177,19 @@ def test_where_the_prompt_comes_from(call, tmp_path):
     assert call("--prompt=x", few, "--dtype=bfloat16")[0] == 0
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_model_that_knows_the_answer_writes_it(call, monkeypatch, terminal):
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: terminal)
+    status, out, err = call("--benchmark=problems.jsonl")
+    assert status == 0 and out == "x = 1\nprint(x)\n"
+    if terminal:
+        assert "\033[36m@@ -0,0" in err and "\033[32m+x = 1" in err and err.endswith("\033[0m\n")
+    else:
+        assert err == f"# Write f.\n{GOOD}\n<|diff|>{MORE}\n<|diff|>\n<|diff|>\n"
+
+
 @pytest.mark.parametrize("args, stdin, message", [
-    (["--prompt=" + "x" * 90], b"", "92 tokens leave no room in the model's block_size=64"),
+    (["--prompt=" + "x" * 150], b"", "152 tokens leave no room in the model's block_size=128"),
     (["--dtype=float16"], b"", "dtype='float16' is not auto or float32 or bfloat16"),
     (["--device=tpu"], b"", "out on tpu: "), (["--device=cuda:77"], b"", "out on cuda:77: "),
     (["--num_samples=0"], b"", "at least 1"), (["--max_new_tokens=-3"], b"", "at least 1"),
@@ -232,7 +248,7 @@ def test_the_display_says_what_was_taken_back(capsys):
             show(0, text)
         err = capsys.readouterr().err
         if coloured:
-            assert "\033[32m+x = 1" in err and "\033[0;2m<|diff|>\033[0m" in err and "\033[36m@@ -1" in err
+            assert "\033[32m+x = 1" in err and "\n\033[35m<|diff|>\033[36m@@" in err and "\033[36m@@ -1" in err
         else:
             assert err == GOOD + "\n<|diff|>" + MORE + "\n# again:\n" + MORE + "\n+y"
     assert lintseq.apply_edits(GOOD + "\n<|diff|>" + MORE) == "x = 1\nprint(x)"
