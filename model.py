@@ -37,8 +37,8 @@ class GPTConfig:
     def __post_init__(self):
         self.n_hidden = self.n_hidden or 4 * self.n_embd
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even number "
-                             "(rotary positions turn pairs)")
+            raise ValueError(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even "
+                             "number: rotary positions turn pairs")
 
 
 # -- The forward pass ------------------------------------------------------------------------------
@@ -209,15 +209,17 @@ class GPT(nn.Module):
 
         prompts: lists of token ids. max_new_tokens: of all, or a list. temperature 0 takes the
         likeliest token; else one is drawn from the nucleus of probability `top_p` by a uniform
-        number of the row's own seed (seeds: ints, default 0, 1, ...): what shares its batch changes
-        nothing but last bits. A row ends at one of `stop_tokens`, when stop(new) is true of its new
-        tokens, after max_new_tokens or at block_size; its place goes to the next prompt.
-        on_token(i, token) hears of prompt i's tokens as they come, and of its end as None. When one
-        of `check_tokens` has come, check(i, new) answers None, or how many of the new tokens to
-        keep: the rest is drawn again (on_token hears how many go, as a negative number), where
-        temperature is 0 at 1, up to a check that answers None. chunk: steps between two looks at
-        the tokens, which change no sample; 0: 16 on CUDA, so that it seldom waits, else 1.
-        ValueError on an empty prompt or one that fills block_size."""
+        number of the row's own seed (seeds: ints, default 0, 1, ...), so that what shares its batch
+        changes nothing but last bits. A row ends at one of `stop_tokens`, when stop(new) is true of
+        its new tokens, after max_new_tokens or at block_size; its place goes to the next prompt.
+        on_token(i, token) hears of prompt i's tokens as they come, and of its end as None.
+
+        When one of `check_tokens` has come, check(i, new) answers None, or how many of the new
+        tokens to keep, fewer than there are: the rest is drawn again (on_token hears how many go,
+        as a negative number), at temperature 1 where it was 0, until a check answers None.
+
+        chunk: steps between two looks at the tokens; 0: 16 on CUDA, which seldom waits then, else
+        1. ValueError on an empty prompt or one that fills block_size."""
         every, block_size = [], self.config.block_size
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < block_size:
@@ -371,12 +373,12 @@ class Decoder:
         # Padded on the right: causal attention keeps the padding from every real token, and
         # decoding overwrites its keys before the mask lets anyone see them.
         longest = max(map(len, prompts))
-        padded = [prompt + (0,) * (longest - len(prompt)) for prompt in firsts]
-        idx = torch.tensor(padded, device=device)
-        self.model.hidden(idx, torch.arange(longest, device=device)[None], None, self.cache,
+        idx = torch.tensor([prompt + (0,) * (longest - len(prompt)) for prompt in firsts],
+                           device=device)
+        cache = self.cache[..., :longest, :]
+        self.model.hidden(idx, torch.arange(longest, device=device)[None], None, cache,
                           torch.tensor(list(firsts.values()), device=device))
-        sources = [firsts[prompt] for prompt in prompts]
-        self.cache[:, :, start:start + len(prompts)] = self.cache[:, :, sources]
+        cache[:, :, start:start + len(prompts)] = cache[:, :, [firsts[p] for p in prompts]]
 
     def step(self, n, limit, greedy):
         """Feed the first n slots their tokens, at positions below `limit`, and draw the next."""
