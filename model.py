@@ -317,7 +317,7 @@ class GPT(nn.Module):
             with torch.device("meta"):  # no time spent on weights that are replaced at once
                 model = cls(GPTConfig(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"], assign=True)
-        except (KeyError, TypeError, RuntimeError) as e:
+        except Exception as e:  # whatever is in it
             raise ValueError(f"the weights are not those of its config: {one_line(e)}") from None
         return model
 
@@ -481,7 +481,7 @@ def load_file(path):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as e:
         raise ValueError(f"{path} cannot be read: {one_line(e)}") from None
 
