@@ -154,6 +154,19 @@ def test_what_is_drawn_again_may_be_good_and_the_rest_is_greedy(monkeypatch, mod
     )
 
 
+def test_every_edit_has_its_own_tries(monkeypatch, model, enc):
+    bad, starts = [BAD["a name that nothing defines"], "@@ -2,0 +3 @@\n+print(z)"], []
+
+    def write(i, text, temperature):
+        if text.endswith("<|diff|>"):
+            starts.append(text.count("<|diff|>"))
+        return response(GOOD, *bad)
+
+    script(monkeypatch, enc, write)
+    assert complete(model, enc, 1) == [response(GOOD, *bad)[:-13]]
+    assert starts == [1] * 3 + [2] * 3 + [3, 4]  # each once, and twice again; then the last marker, the end
+
+
 def test_a_marker_within_a_line_is_text(monkeypatch, model, enc):
     odd = "@@ -0,0 +1 @@\n+x = '<|diff|>'"  # half of the program, at that marker, is a syntax error
     asked = []
