@@ -164,7 +164,7 @@ def test_every_edit_has_its_own_tries(monkeypatch, model, enc):
 
     script(monkeypatch, enc, write)
     assert complete(model, enc, 1) == [response(GOOD, *bad)[:-13]]
-    assert starts == [1] * 3 + [2] * 3 + [3, 4]  # each once, and twice again; then the last marker, the end
+    assert starts == [1] * 3 + [2] * 3 + [3, 4]  # once, and twice again
 
 
 def test_a_marker_within_a_line_is_text(monkeypatch, model, enc):
