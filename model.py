@@ -1,24 +1,22 @@
 """The model: GPT-2's shapes with OLMo's changes (TinyCodeLM, arXiv 2410.02749), in one file.
 
-Against GPT-2: no biases, LayerNorm without weight or bias, SwiGLU, rotary positions, tied embeddings, no dropout.
-The same function as Hugging Face's `OlmoForCausalLM`; `from_pretrained` and `save_pretrained` speak its format.
+Against GPT-2: no biases, LayerNorm without weight or bias, SwiGLU, rotary positions, tied
+embeddings, no dropout. The same function as Hugging Face's `OlmoForCausalLM`, whose files
+`from_pretrained` and `save_pretrained` read and write.
 
-    model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768))     # 151,879,680 parameters: the paper's 150M
-    logits, _ = model(idx)                                        # (B, T) int64 -> (B, T, vocab_size)
-    _, loss = model(idx, targets)                                 # next-token cross-entropy
-    tokens = model.generate([[1, 2, 3], [4]], max_new_tokens=20)  # any number of prompts, of any lengths
+    model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768))  # 151,879,680 parameters: the 150M
+    logits, _ = model(idx)                           # (B, T) int64 -> (B, T, vocab_size)
+    _, loss = model(idx, targets)                    # next-token cross-entropy
+    tokens = model.generate([[1, 2, 3], [4]], 20)    # any number of prompts, of any lengths
 
-Left out: dropout and grouped heads (the paper has none), tensor parallelism (the models fit any GPU).
+Left out: dropout and grouped heads (the paper has none), tensor parallelism (any GPU holds them).
 """
+import copy
 import json
 import math
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors in huge pages: a CPU reads weights a seventh faster
 
 import torch
 import torch.nn as nn
@@ -28,7 +26,7 @@ import torch.nn.functional as F
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # longest sequence, tokens
-    vocab_size: int = 50304  # rows of the embedding: the tokenizer's entries, rounded up to a multiple of 64
+    vocab_size: int = 50304  # rows of the embedding: the tokenizer's entries, rounded up to 64s
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -38,60 +36,44 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_hidden = self.n_hidden or 4 * self.n_embd
-        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even number (rotary pairs)")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even "
+                             "number: rotary positions turn pairs")
 
 
-class Rotate(torch.autograd.Function):
-    """Rotary positions in the rotate-half layout. x: (..., T, D); cos, sin: broadcastable to it, the first half of sin
-    negative. Its gradient is the rotation back: written out, it takes a third of autograd's passes over memory."""
+# -- The forward pass ------------------------------------------------------------------------------
 
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return (x * cos).addcmul_(x.roll(x.size(-1) // 2, -1), sin)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return (grad * cos).addcmul_(grad.roll(grad.size(-1) // 2, -1), sin, value=-1), None, None
+def norm(x):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
-class SiluTimes(torch.autograd.Function):
-    """silu(gate) * up of (..., 2 * n_hidden), gate and up side by side; keeps its input alone for the gradient."""
-
-    @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
-        return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)), dim=-1)
+def rotate(x, cos, sin):
+    """Rotary positions: elements i and i + D/2 of a head are a pair, turned by position * frequency
+    i. x: (B, H, T, D); cos, sin: broadcastable to it, the first half of sin negative."""
+    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # rows: all of q, all of k, all of v
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # rows: q, k, v
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, mask=None, cache=None):
-        """x: (B, T, C). mask: (B, 1, T, S) bool, None is causal. cache: None, or (k, v, rows, positions) with
-        k, v: (slots, H, S, D); this call's keys go to k[rows, :, positions] and, with a mask, it attends to k[rows]."""
+        """x: (B, T, C). mask: (B, 1, T, S), None is causal. cache: None, or (keys_values, slots,
+        positions): this call's are written to keys_values (2, slots, H, S, D) at [:, slots, :,
+        positions]; with a mask, as decoding has, all of the first B slots is attended to."""
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        qk, v = qkv.split((2, 1))
-        (q, k), v = Rotate.apply(qk, *rope).unbind(), v.squeeze(0)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
+        q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            keys, values, rows, positions = cache
-            keys[rows[:, None], :, positions] = k.transpose(1, 2).to(keys.dtype)  # (B, T, H, D)
-            values[rows[:, None], :, positions] = v.transpose(1, 2).to(keys.dtype)
-            if mask is not None:  # a decoding step: rows are the first B slots, in order
-                k, v = keys[:B, :, :mask.size(-1)], values[:B, :, :mask.size(-1)]
+            keys_values, slots, positions = cache
+            new = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # (B, T, 2, H, D)
+            keys_values[:, slots[:, None], :, positions] = new
+            if mask is not None:
+                k, v = keys_values[:, :B, :, :mask.size(-1)]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -99,11 +81,12 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)  # rows: all of gate, all of up
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)  # rows: gate, up
         self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down(SiluTimes.apply(self.gate_up(x)))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -117,39 +100,34 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-def norm(x):
-    return F.layer_norm(x, x.shape[-1:], eps=1e-5)
-
-
 class FusedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of cross-entropy(x @ weight.T, targets), a chunk of rows at a time: the logits of a whole batch
-    (16 x 1024 x 50304 in float32 is 3.3 GB) are never held, for the gradient is taken while a chunk is at hand."""
+    """Sum over rows of cross-entropy(x @ weight.T, targets), a chunk of rows at a time, and with it
+    its gradient: the logits of a whole batch (32 x 1024 x 50304 in float32 are 6.6 GB) are never
+    held, and not computed twice, as checkpointing would (7 to 11% of a step)."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk, training):
+    def forward(ctx, x, weight, targets, chunk):
         # x: (N, C), weight: (V, C), targets: (N,) with -1 where there is no loss
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        w, total = weight.to(dtype), x.new_zeros((), dtype=torch.float32)
-        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        total = x.new_zeros((), dtype=torch.float32)
+        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         for i in range(0, len(x), chunk):
-            xs, ts = x[i:i + chunk].to(dtype), targets[i:i + chunk]
-            keep, ts = (ts >= 0)[:, None], ts.clamp(min=0)[:, None]
-            logits = (xs @ w.t()).float()
-            logp = torch.log_softmax(logits, -1, out=logits) if logits.device.type == "cpu" else logits.log_softmax(-1)
-            total -= (logp.gather(1, ts) * keep).sum()
-            if not training:
-                continue
-            grad = logp.exp_().scatter_add_(1, ts, torch.full_like(logp[:, :1], -1.0)).to(dtype)  # of the logits, if kept
-            grad_x[i:i + chunk] = (grad @ w) * keep
-            xs = xs * keep
-            grad_w.addmm_(grad.t(), xs) if dtype == torch.float32 else grad_w.add_(grad.t() @ xs)
-        ctx.save_for_backward(grad_x, grad_w.to(weight.dtype))
+            xs, ts = x[i:i + chunk], targets[i:i + chunk]
+            logits = F.linear(xs, weight)  # float32, or what autocast says
+            logp = logits.float().log_softmax(-1)
+            total += F.nll_loss(logp, ts, ignore_index=-1, reduction="sum")
+            if ctx.needs_input_grad[0]:  # the logits' gradient: p - one_hot(target), or 0
+                grad = logp.exp_()
+                grad[torch.arange(len(ts), device=ts.device), ts] -= 1
+                grad = grad.mul_((ts >= 0)[:, None]).to(logits.dtype)
+                grad_x[i:i + chunk] = grad @ weight
+                grad_w += grad.t() @ xs
+        ctx.save_for_backward(grad_x, grad_w)
         return total
 
     @staticmethod
     def backward(ctx, upstream):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x.mul_(upstream), grad_w.mul_(upstream), None, None, None  # in place: it is asked for once
+        grad_x, grad_w = ctx.saved_tensors  # in place: they are asked for once
+        return grad_x.mul_(upstream), grad_w.mul_(upstream), None, None
 
 
 class GPT(nn.Module):
@@ -158,401 +136,380 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.packed = None, None, None  # Decoder's: what the weights were, and their copies for decoding on a CPU
-        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied else nn.Linear(
+            config.n_embd, config.vocab_size, bias=False)
         half = config.n_embd // config.n_head // 2
-        freqs = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
-        angles = torch.arange(config.block_size, dtype=torch.float64, device="cpu")[:, None] * freqs  # (T, D / 2)
-        self.register_buffer("cos", angles.cos().float().repeat(1, 2), persistent=False)  # (T, D)
-        self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), 1).float(), persistent=False)
-        for name, p in self.named_parameters():  # GPT-2's: the residual stream adds up 2 * n_layer outputs
-            scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith(("proj.weight", "down.weight")) else 1.0
-            nn.init.normal_(p, std=0.02 * scale)
+        positions, pairs = (torch.arange(length, device="cpu").double()
+                            for length in (config.block_size, half))
+        angles = torch.outer(positions, config.rope_theta ** (-pairs / half))  # (T, D / 2)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        self.register_buffer("cos", torch.cat((cos, cos), 1), persistent=False)  # (T, D)
+        self.register_buffer("sin", torch.cat((-sin, sin), 1), persistent=False)
+        for name, p in self.named_parameters():  # the residual stream adds up 2 * n_layer outputs
+            adds = name.endswith(("proj.weight", "down.weight"))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if adds else 0.02)
 
     @property
     def head(self):
         """The output layer's weight, (vocab_size, C)."""
-        return self.lm_head.weight if self.lm_head else self.wte.weight
+        return (self.lm_head or self.wte).weight
 
     def num_params(self):
-        """All parameters, the tied embedding once: 151,879,680 and 454,164,480 at the paper's two shapes."""
+        """All parameters, a tied embedding once: 151,879,680 and 454,164,480 at the paper's
+        shapes."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, length):
-        """Training FLOPs a token of a sequence of `length`: 6 for each weight that multiplies (every matrix; the tied
-        embedding counts once, as the output layer: the look-up is free), and 12 * n_layer * n_embd * length / 2 for
-        causal attention (queries x keys and weights x values, forward and twice that backward)."""
+        """Training FLOPs a token of a sequence of `length`: 6 for each weight that multiplies
+        (every matrix; the tied embedding counts once, as the output layer: the look-up is free),
+        and 12 * n_layer * n_embd * length / 2 for causal attention (queries x keys and weights x
+        values, forward and twice that backward)."""
         matrices = self.num_params() - (0 if self.config.tied else self.wte.weight.numel())
         return 6 * matrices + 6 * self.config.n_layer * self.config.n_embd * length
 
     def forward(self, idx, targets=None, segments=None):
         """idx: (B, T) int64, T <= block_size. Returns (logits, loss).
 
-        Without targets: logits (B, T, vocab_size), loss None. With targets (B, T), -1 where there is no loss: logits
-        None (they are never held whole), loss the mean over the rest. segments: (B, T) ints, for several examples
-        packed into one row: a token attends to its own segment only. Rotary attention knows nothing but differences
-        of positions, so a packed example sees just what it sees alone."""
+        Without targets: logits (B, T, vocab_size), loss None. With targets (B, T), -1 where there
+        is no loss: logits None (they are never held whole), loss the mean over the rest. segments:
+        (B, T) ints, for several examples packed into one row: a token attends to its own segment
+        only. Rotary attention knows nothing but differences of positions, so a packed example sees
+        just what it sees alone."""
         B, T = idx.shape
         if T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
+            raise ValueError(f"{T} tokens are longer than block_size={self.config.block_size}")
         mask = None
         if segments is not None:
             causal = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
-            mask = ((segments[:, None, :, None] == segments[:, None, None, :]) & causal)  # (B, 1, T, T)
-        x = self.hidden(idx, (self.cos[:T], self.sin[:T]), mask)
+            same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
+            mask = same & causal
+        x = self.hidden(idx, torch.arange(T, device=idx.device), mask)
         if targets is None:
             return F.linear(x, self.head), None
-        chunk = max(256, 2 ** 26 // self.config.vocab_size)  # rows whose logits fill about 256 MB in float32
-        total = FusedCrossEntropy.apply(x.reshape(B * T, -1), self.head, targets.reshape(-1), chunk,
-                                        torch.is_grad_enabled())
+        chunk = max(256, 2 ** 26 // self.config.vocab_size)  # rows whose logits fill 256 MB
+        total = FusedCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(), chunk)
         return None, total / (targets >= 0).sum().clamp(min=1)
 
-    def hidden(self, idx, rope, mask=None, caches=None, blocks=None):
-        """The final norm's output, (B, T, C)."""
-        x, rope = self.wte(idx), tuple(r.to(self.wte.weight.dtype) for r in rope)
-        for i, block in enumerate(blocks or self.blocks):
-            x = block(x, rope, mask, caches and caches[i])
+    def hidden(self, idx, positions, mask=None, cache=None, slots=None):
+        """The final norm's output, (B, T, C), for idx (B, T) at `positions`, (T,) or (B or 1,
+        T)."""
+        x = self.wte(idx)
+        at = positions.clamp(max=len(self.cos) - 1)  # a chunk of tokens may run past it, in vain
+        rope = [table[at].unsqueeze(-3).to(x.dtype) for table in (self.cos, self.sin)]
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, None if cache is None else (cache[i], slots, positions))
         return norm(x)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, *, temperature=1.0, top_p=1.0, seeds=None, stop_tokens=(), stop=None,
-                 accept=None, batch_size=64, on_token=None, chunk=0):
-        """Continue every prompt; returns one list of new tokens each, without the stop token that ended it.
+    def generate(self, prompts, max_new_tokens, *, temperature=1.0, top_p=1.0, seeds=None,
+                 stop_tokens=(), stop=None, check_tokens=(), check=None, batch_size=64,
+                 on_token=None, chunk=0):
+        """Continue every prompt; a list of new tokens for each, without the stop token that ended
+        it.
 
-        prompts: lists of token ids, none empty, of any lengths. max_new_tokens: of all, or a list, of each.
-        temperature 0 is argmax; else the nucleus of probability `top_p` is sampled from, by one uniform number a token
-        drawn from the row's own seed (`seeds`: ints, default 0, 1, ...), so that a sample does not depend on what
-        shares its batch; its last bits do, as matrices of other shapes are added up in another order. A row ends at a
-        token of `stop_tokens`, when `stop(new_tokens)` is true, after max_new_tokens, or at block_size; its place
-        goes to the next prompt. `on_token(i, token)` is called as prompt i's tokens come, with None at its end.
-        `accept(i, new, token)` is asked before `token` joins prompt i's list of new tokens: None takes it; False has
-        another one drawn in its place; a list becomes the new tokens (what it shares with the old ones stays cached,
-        the rest is fed). After a list that is no longer than `new`, tokens are drawn at temperature 1 even if
-        `temperature` is 0, until a longer one comes; on_token hears of removed tokens as a negative number of them.
-        chunk: steps between two looks at the tokens (0: 16 on CUDA, which waits for the device once a chunk; else 1, as
-        always with `accept`). ValueError on an empty prompt or one that fills block_size."""
-        S = self.config.block_size
+        prompts: lists of token ids. max_new_tokens: of all, or a list. temperature 0 takes the
+        likeliest token; else one is drawn from the nucleus of probability `top_p` by a uniform
+        number of the row's own seed (seeds: ints, default 0, 1, ...), so that what shares its batch
+        changes nothing but last bits. A row ends at one of `stop_tokens`, when stop(new) is true of
+        its new tokens, after max_new_tokens or at block_size; its place goes to the next prompt.
+        on_token(i, token) hears of prompt i's tokens as they come, and of its end as None.
+
+        When one of `check_tokens` has come, check(i, new) answers None, or how many of the new
+        tokens to keep, fewer than there are: the rest is drawn again (on_token hears how many go,
+        as a negative number), at temperature 1 where it was 0, until a check answers None.
+
+        chunk: steps between two looks at the tokens; 0: 16 on CUDA, which seldom waits then, else
+        1. ValueError on an empty prompt or one that fills block_size."""
+        every, block_size = [], self.config.block_size
         for i, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < S:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; it must have 1 to {S - 1} (block_size={S})")
-        if not prompts or max_new_tokens == 0:
-            return [[] for _ in prompts]
-        B, most = min(batch_size, len(prompts)), max_new_tokens
-        most = most if isinstance(most, (list, tuple)) else [most] * len(prompts)
-        chunk = 1 if accept else chunk or (16 if self.wte.weight.is_cuda else 1)
-        decoder = Decoder(self, B, min(S, max(map(len, prompts)) + max(most)), temperature, top_p, chunk)
-        outputs, waiting = [None] * len(prompts), list(range(len(prompts)))[::-1]
-        rows = []  # row s of the batch lives in slot s of the cache
+            if not 0 < len(prompt) < block_size:
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens, not 1 to {block_size - 1}")
+            most = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[i]
+            every.append(Row(i, tuple(prompt), min(most, block_size - len(prompt)), temperature,
+                             Random(seeds[i] if seeds is not None else i), []))
+        waiting, rows = [row for row in every if row.most > 0], []  # rows[s] has slot s
+        slots, chunk = min(batch_size, len(every)), chunk or (16 if self.wte.weight.is_cuda else 1)
+        longest = max((len(row.prompt) + row.most for row in every), default=0)
+        decoder = Decoder(self, slots, longest, top_p, chunk)
+        tell = on_token or (lambda i, token: None)
 
         while waiting or rows:
-            if waiting and B - len(rows) >= min(len(waiting), max(1, B // 8)):  # a few at a time: prefill in batches
-                fresh = [waiting.pop() for _ in range(min(len(waiting), B - len(rows)))]
-                decoder.prefill([row.seq[:row.start] for row in rows], [prompts[i] for i in fresh])
-                for i in fresh:
-                    start, random = len(prompts[i]), Random(seeds[i] if seeds is not None else i)
-                    rows.append(SimpleNamespace(i=i, seq=list(prompts[i]), start=start, at=start - 1, random=random, hot=False,
-                                                end=min(start + most[i], S)))
-            # Each row is fed the token at its `at`, whose key is not cached yet; where that is its last, one is drawn.
-            drawing = [row.at == len(row.seq) - 1 for row in rows]
-            u = [[row.random.random() if draws and temperature else 0.0 for _ in range(chunk)]
-                 for row, draws in zip(rows, drawing)]
-            drawn = decoder.run([row.seq[row.at] for row in rows], [row.at for row in rows], u)
-            ended = []
-            for s, (row, draws) in enumerate(zip(rows, drawing)):
-                row.at += 1
-                for token in drawn[s] if draws else ():
-                    keep = None
-                    if accept:
-                        token, keep = settle(accept, row, token, decoder.logits[s:s + 1], temperature, top_p)
-                    if keep is not None:
-                        new = row.seq[row.start:]
-                        same = next((k for k, (x, y) in enumerate(zip(new, keep)) if x != y), min(len(new), len(keep)))
-                        row.seq[row.start + same:] = keep[same:row.end - row.start]
-                        row.at = min(row.at, row.start + same, len(row.seq) - 1)
-                        row.hot = len(keep) <= len(new)
-                        come = [same - len(new)] * (same < len(new)) + row.seq[row.start + same:]
-                    elif token is None or token in stop_tokens:
-                        ended.append(s)
+            free = slots - len(rows)
+            if waiting and free >= min(len(waiting), max(1, slots // 8)):  # some prompts at a time
+                new, waiting = waiting[:free], waiting[free:]
+                decoder.prefill(len(rows), [row.prompt for row in new])
+                rows += new
+            drawn = decoder.draw(rows)
+            for s in reversed(range(len(rows))):
+                row = rows[s]
+                for token in drawn[s]:
+                    ended = token in stop_tokens
+                    if ended:
                         break
-                    else:
-                        row.seq.append(token)
-                        come = [token]
-                    for t in come if on_token else ():
-                        on_token(row.i, t)
-                    if len(row.seq) == row.end or stop and stop(row.seq[row.start:]):
-                        ended.append(s)
+                    row.new.append(token)
+                    tell(row.i, token)
+                    was = row.temperature
+                    if token in check_tokens:
+                        keep = check(row.i, row.new)
+                        row.temperature = temperature if keep is None else temperature or 1.0
+                        if keep is not None:
+                            tell(row.i, keep - len(row.new))
+                            del row.new[keep:]
+                            break
+                    ended = len(row.new) == row.most or stop and stop(row.new)
+                    if ended or row.temperature != was:  # the chunk's rest was drawn at another one
                         break
-                else:
-                    row.at += (chunk - 1) * draws
-            for s in reversed(ended):  # the last row moves into the gap
-                outputs[rows[s].i] = rows[s].seq[rows[s].start:]
-                if on_token:
-                    on_token(rows[s].i, None)
-                last = rows.pop()
-                if s < len(rows):
-                    decoder.copy(len(rows), s, last.at)
-                    rows[s] = last
-        return outputs
+                if ended:
+                    tell(row.i, None)
+                    last = rows.pop()
+                    if s < len(rows):  # the last row moves into the gap
+                        decoder.cache[:, :, s] = decoder.cache[:, :, len(rows)]
+                        rows[s] = last
+        return [row.new for row in every]
 
-    # -- Hugging Face's OlmoForCausalLM -------------------------------------------------------------------------------
+    # -- Hugging Face's OlmoForCausalLM ------------------------------------------------------------
 
     def save_pretrained(self, folder, **extra):
-        """Write config.json and model.safetensors into `folder`, for transformers' `AutoModelForCausalLM`.
-        extra: more keys of config.json, such as eos_token_id (prepare.py --export adds the tokenizer and a card)."""
-        save_file = safetensors().save_file
-        folder, c = Path(folder), self.config
+        """Write config.json and model.safetensors into `folder`, for transformers'
+        `AutoModelForCausalLM`. extra: more keys of config.json, such as eos_token_id."""
+        from safetensors.torch import save_file
+        c, folder = self.config, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = dict(architectures=["OlmoForCausalLM"], model_type="olmo", vocab_size=c.vocab_size,
-                      hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
-                      num_attention_heads=c.n_head, num_key_value_heads=c.n_head, hidden_act="silu",
-                      max_position_embeddings=c.block_size, rope_theta=c.rope_theta, attention_bias=False,
-                      tie_word_embeddings=c.tied, clip_qkv=None, pad_token_id=None, bos_token_id=None,
-                      eos_token_id=None, torch_dtype=str(self.wte.weight.dtype).split(".")[1]) | extra
+        config = OLMO | {theirs: getattr(c, ours) for ours, theirs in OLMO_SHAPE.items()} | dict(
+            architectures=["OlmoForCausalLM"], num_key_value_heads=c.n_head,
+            rope_theta=c.rope_theta, tie_word_embeddings=c.tied, pad_token_id=None,
+            bos_token_id=None, eos_token_id=None,
+            torch_dtype=str(self.wte.weight.dtype).split(".")[1]) | extra
         state, tensors = self.state_dict(), {}
-        for name, (own, part, parts) in olmo_names(c).items():
-            tensors[name] = state[own].chunk(parts)[part].contiguous()
-        save_file(tensors, str(folder / "model.safetensors.tmp"), metadata={"format": "pt"})
-        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+        for ours, theirs in olmo_names(c).items():
+            tensors |= zip(theirs, (part.contiguous() for part in state[ours].chunk(len(theirs))))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, name):
-        """A model from a folder or from the Hugging Face hub ("upiter/TinyCodeLM-150M"): our own `ckpt.pt`, or
-        config.json with model.safetensors or pytorch_model.bin, whole or in shards with an index; float32 or bf16,
-        which it keeps. OSError or ValueError, with what is missing or not supported."""
-        folder = Path(name)
-        if not folder.is_dir() and str(name).count("/") == 1 and not str(name).startswith((".", "/")):
-            from prepare import hub_model  # the one import of ours: downloads are its job
-            folder = hub_model(str(name))
+        """A model from a folder or the Hugging Face hub ("upiter/TinyCodeLM-150M"): our own
+        `ckpt.pt`, or config.json with model.safetensors or pytorch_model.bin, whole or in shards
+        with an index; float32 or bfloat16, which it keeps. OSError or ValueError, one line, where
+        that fails."""
+        folder = find_pretrained(name)
         if (folder / "ckpt.pt").is_file():
-            return cls.from_checkpoint(torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True, mmap=True))
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} holds neither ckpt.pt nor config.json")
-        hf = json.loads((folder / "config.json").read_text())
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        wrong = [f"{k}={hf.get(k)!r}" for k, good in (
-            ("model_type", ("olmo",)), ("clip_qkv", (None,)), ("attention_bias", (False, None)),
-            ("hidden_act", ("silu", None)), ("num_key_value_heads", (hf.get("num_attention_heads"), None)))
-            if hf.get(k) not in good]
-        wrong += [f"rope {k}={v!r}" for k, v in rope.items() if k != "rope_theta" and v not in ("default", 1.0, None)]
-        if wrong:
-            raise ValueError(f"{folder}/config.json: not supported: {', '.join(wrong)}")
-        try:
-            config = GPTConfig(hf["max_position_embeddings"], hf["vocab_size"], hf["num_hidden_layers"],
-                               hf["num_attention_heads"], hf["hidden_size"], hf["intermediate_size"],
-                               float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0))
-        except KeyError as e:
-            raise ValueError(f"{folder}/config.json has no {e}") from None
-        tensors, tie = load_tensors(folder), hf.get("tie_word_embeddings")
-        head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-        config.tied = tie is not False if head is None else bool(tie) or embedding is not None and torch.equal(head, embedding)
+            return cls.from_checkpoint(load_file(folder / "ckpt.pt"))
+        config, tensors = read_olmo_config(folder), load_tensors(folder)
+        head = tensors.get("lm_head.weight")
+        if head is not None:  # some files hold a tied one twice
+            config.tied |= torch.equal(head, tensors.get("model.embed_tokens.weight", head))
         if config.tied:
             tensors.pop("lm_head.weight", None)
         names = olmo_names(config)
-        if set(tensors) != set(names):
-            raise ValueError(f"{folder}: missing tensors {sorted(set(names) - set(tensors))}, "
-                             f"unknown tensors {sorted(set(tensors) - set(names))}")
-        own = {}
-        for name, (key, part, parts) in names.items():
-            own.setdefault(key, [None] * parts)[part] = tensors[name]
-        try:
-            return cls.from_checkpoint({"config": asdict(config), "model": {k: torch.cat(v) for k, v in own.items()}})
-        except RuntimeError as e:  # shapes
-            raise ValueError(f"{folder}: its tensors are not those of its config.json: {e}") from None
+        wrong = set(tensors) ^ set(sum(names.values(), ()))
+        if wrong:
+            raise ValueError(f"{folder}: missing or unknown: {', '.join(sorted(wrong)[:9])}")
+        state = {ours: torch.cat([tensors[name] for name in theirs])
+                 for ours, theirs in names.items()}
+        return cls.from_checkpoint({"config": vars(config), "model": state})
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
-        """A model from what train.py saves: a dict with `config` (GPTConfig's fields) and `model` (a state dict).
-        Its weights keep the dtype they were stored in."""
-        with torch.device("meta"):  # no time spent on weights that are replaced at once
-            model = cls(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"], assign=True)
+        """A model from what train.py saves: a dict with `config` (GPTConfig's fields) and `model`
+        (a state dict), whose dtype it keeps. ValueError where these are missing or do not fit."""
+        try:
+            with torch.device("meta"):  # no time spent on weights that are replaced at once
+                model = cls(GPTConfig(**checkpoint["config"]))
+            model.load_state_dict(checkpoint["model"], assign=True)
+        except Exception as e:  # whatever is in it
+            raise ValueError(f"the weights are not those of its config: {one_line(e)}") from None
         return model
 
 
-class Packed(nn.Module):
-    """nn.Linear for decoding in float32 on a CPU: the matrix laid out once for oneDNN's products with `rows` rows.
-    F.linear's own layout is about half as fast."""
+# -- Generation: the rows of a batch, the key-value cache, a step ----------------------------------
 
-    def __init__(self, weight, rows):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+@dataclass
+class Row:
+    """One prompt of a batch."""
+    i: int
+    prompt: tuple
+    most: int  # new tokens
+    temperature: float
+    random: Random
+    new: list  # tokens so far
 
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+def pack_linear(weight, rows):
+    """x -> x @ weight.T in float32 on a CPU, with the matrix laid out once for oneDNN's products
+    with `rows` rows: F.linear's own layout is about half as fast."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 class Decoder:
-    """The cache of `slots` sequences, and the step that feeds each of them a token and draws its next. The shapes of a step
-    depend on (n, limit) alone: slots in use and a bound of their lengths; on CUDA, a graph is captured for each pair."""
+    """The cache of `slots` sequences, and the step that feeds each its last token and draws the
+    next. The shapes of a step depend on nothing but how many slots are in use, a bound of their
+    lengths, and whether all are greedy; on CUDA a graph is captured for each."""
 
-    def __init__(self, model, slots, length, temperature, top_p, chunk):
+    def __init__(self, model, slots, length, top_p, chunk):
         c, w = model.config, model.wte.weight
-        self.model, self.temperature, self.top_p, self.graphs = model, temperature, top_p, {}
-        self.device, self.slots, length = w.device, slots, -(-(length + chunk) // 64) * 64
-        zeros = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=w.device)
-        # (layers, keys and values, slots, H, S, D): what a head attends to lies together, in the order of positions
-        self.cache = zeros(c.n_layer, 2, slots, c.n_head, length, c.n_embd // c.n_head, dtype=w.dtype)
-        self.tokens, self.at = zeros(slots, dtype=torch.int64), zeros(slots, dtype=torch.int64)
-        self.u, self.drawn = zeros(slots, chunk, dtype=torch.float32), zeros(slots, chunk, dtype=torch.int64)
-        self.logits = zeros(slots, c.vocab_size, dtype=torch.float32)
-        self.blocks, self.head = model.blocks, lambda x: F.linear(x, model.head)
-        if w.device.type == "cpu" and w.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            key = slots, [(p.data_ptr(), p._version) for p in model.parameters()]
-            if model.packed[0] != key:  # kept for the next call: it takes the time of some tokens
-                with torch.device("meta"):
-                    blocks = [Block(c) for _ in model.blocks]
-                for new, old in zip(blocks, model.blocks):
-                    for part, name in (("attn", "qkv"), ("attn", "proj"), ("mlp", "gate_up"), ("mlp", "down")):
-                        setattr(getattr(new, part), name, Packed(getattr(getattr(old, part), name).weight, slots))
-                model.packed = key, blocks, Packed(model.head, slots)
-            _, self.blocks, self.head = model.packed
+        self.top_p, self.chunk, self.graphs, self.pool = top_p, chunk, {}, None
+        # Of each slot: its last token, the position of that, its temperature, and the chunk's
+        # uniform numbers, of which a step takes the first and puts the token that it draws behind
+        # the last.
+        self.state = torch.zeros(slots, 3 + chunk, device=w.device)
+        length = -(-(length + chunk) // 64) * 64  # a row that ends in a chunk runs on to its end
+        # (layers, keys and values, slots, H, S, D): what a head attends to lies together
+        self.cache = torch.zeros(c.n_layer, 2, slots, c.n_head, length, c.n_embd // c.n_head,
+                                 dtype=w.dtype, device=w.device)
+        self.model, self.head = model, lambda x: F.linear(x, model.head)
+        if w.is_cpu and w.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            self.model, self.head = copy.deepcopy(model), pack_linear(model.head, slots)
+            for part in self.model.modules():
+                if isinstance(part, nn.Linear):
+                    part.forward, part.weight = pack_linear(part.weight, slots), None
 
-    def hidden(self, idx, positions, slots, mask=None):
-        """The final norm's output (B, T, C) for idx (B, T) at `positions` (B or 1, T), cached into `slots` (B,)."""
-        at = positions.clamp(max=self.model.config.block_size - 1)  # past it, in vain: a row ended within its chunk
-        rope = self.model.cos[at][:, None], self.model.sin[at][:, None]  # (B or 1, 1, T, D)
-        return self.model.hidden(idx, rope, mask, [(k, v, slots, positions) for k, v in self.cache], self.blocks)
+    def prefill(self, start, prompts):
+        """Cache `prompts` in the slots from `start` on. One that comes again is computed once."""
+        firsts, device = {}, self.cache.device
+        for slot, prompt in enumerate(prompts, start):
+            firsts.setdefault(prompt, slot)
+        # Padded on the right: causal attention keeps the padding from every real token, and
+        # decoding overwrites its keys before the mask lets anyone see them.
+        longest = max(map(len, prompts))
+        idx = torch.tensor([prompt + (0,) * (longest - len(prompt)) for prompt in firsts],
+                           device=device)
+        cache = self.cache[..., :longest, :]
+        self.model.hidden(idx, torch.arange(longest, device=device)[None], None, cache,
+                          torch.tensor(list(firsts.values()), device=device))
+        cache[:, :, start:start + len(prompts)] = cache[:, :, [firsts[p] for p in prompts]]
 
-    def prefill(self, there, prompts):
-        """Cache all of `prompts` but their last tokens, in the slots that follow those of the prompts `there`. A prompt is
-        computed once and copied for its other samples."""
-        first, part, longest = {}, [], 0
-        for s, prompt in enumerate(there + prompts):
-            first.setdefault(tuple(prompt), s)
-        new = [(prompt[:-1], s) for prompt, s in first.items() if s >= len(there) and len(prompt) > 1]
-        for k, (prompt, s) in enumerate(new):
-            part, longest = part + [(prompt, s)], max(longest, len(prompt))
-            if k + 1 < len(new) and max(longest, len(new[k + 1][0])) * (len(part) + 1) <= 8192:
+    def step(self, n, limit, greedy):
+        """Feed the first n slots their tokens, at positions below `limit`, and draw the next."""
+        state, device = self.state[:n], self.cache.device
+        tokens, positions = state[:, :2, None].long().unbind(1)  # (n, 1) each
+        mask = (torch.arange(limit, device=device) <= positions)[:, None, None]  # (n, 1, 1, limit)
+        x = self.model.hidden(tokens, positions, mask, self.cache, torch.arange(n, device=device))
+        logits = self.head(x[:, 0]).float()
+        drawn = (logits.argmax(-1) if greedy else
+                 sample_tokens(logits, state[:, 2], self.top_p, state[:, 3]))[:, None]
+        state.copy_(torch.cat((drawn, positions + 1, state[:, 2:3], state[:, 4:], drawn), 1))
+
+    def draw(self, rows):
+        """The next `chunk` tokens of each of the rows, as lists."""
+        positions, cuda = [len(row.prompt) + len(row.new) - 1 for row in rows], self.cache.is_cuda
+        self.state.zero_()
+        self.state[:len(rows)] = torch.tensor([
+            [(row.new or row.prompt)[-1], at, row.temperature]
+            + [row.random.random() for _ in range(self.chunk)] for row, at in zip(rows, positions)])
+        # on CUDA few shapes, few graphs: a slot without a row is fed a token at position 0, in vain
+        n, limit = len(self.state if cuda else rows), -(-(max(positions) + self.chunk) // 64) * 64
+        shape = n, limit, not any(row.temperature for row in rows)
+        for _ in range(self.chunk):
+            if shape in self.graphs:
+                self.graphs[shape].replay()
                 continue
-            # Padded on the right: causal attention keeps the padding from every real token, and decoding overwrites its
-            # keys before the mask lets anyone see them.
-            idx = torch.tensor([prompt + (0,) * (longest - len(prompt)) for prompt, _ in part], device=self.device)
-            self.hidden(idx, torch.arange(longest, device=self.device)[None],
-                        torch.tensor([s for _, s in part], device=self.device))
-            part, longest = [], 0
-        for s, prompt in enumerate(prompts, len(there)):
-            if first[tuple(prompt)] != s:
-                self.copy(first[tuple(prompt)], s, len(prompt) - 1)
-
-    def copy(self, source, to, length):
-        self.cache[:, :, to, :, :length] = self.cache[:, :, source, :, :length]
-
-    def step(self, n, limit):
-        """Feed self.tokens[:n] at the positions self.at[:n], all below `limit`; what is drawn by self.u's next numbers is fed
-        by the next step."""
-        tokens, at, u, drawn = self.tokens[:n], self.at[:n], self.u[:n], self.drawn[:n]
-        unseen = torch.arange(limit, device=self.device) > at[:, None]
-        mask = torch.zeros(n, limit, dtype=self.cache.dtype, device=self.device).masked_fill_(unseen, -math.inf)
-        x = self.hidden(tokens[:, None], at[:, None], torch.arange(n, device=self.device), mask[:, None, None])
-        self.logits[:n] = self.head(x[:, 0])
-        tokens.copy_(sample_tokens(self.logits[:n], self.temperature, self.top_p, u[:, 0]))
-        drawn.copy_(torch.cat((drawn[:, 1:], tokens[:, None]), 1))
-        u.copy_(u.roll(-1, 1))
-        at += 1
-
-    def run(self, tokens, at, u):
-        """A step for each number in u (n lists) from tokens (n,) at the positions at (n,) -> the tokens drawn (n lists)."""
-        n, chunk, cuda = len(tokens), len(u[0]), self.device.type == "cuda"
-        slots = min(self.slots, 1 << (n - 1).bit_length()) if cuda else n  # few graphs: the rest feeds position 0, in vain
-        limit = max(at) + chunk
-        shape = slots, -(-limit // 64) * 64 if cuda else limit
-
-        def load():
-            self.at.zero_()
-            for buffer, values in ((self.tokens, tokens), (self.at, at), (self.u, u)):
-                buffer[:n] = torch.tensor(values, device=self.device)
-
-        load()
-        if cuda and shape not in self.graphs:
-            stream = torch.cuda.Stream()  # once outside a graph: kernels are chosen and loaded
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.step(*shape)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = self.graphs[shape] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.step(*shape)
-            load()
-        for _ in range(chunk):
-            self.graphs[shape].replay() if cuda else self.step(*shape)
-        return self.drawn[:n].tolist()
+            self.step(*shape)
+            if cuda:  # its kernels are chosen and loaded now
+                self.graphs[shape] = graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool):
+                    self.step(*shape)
+                self.pool = graph.pool()  # one memory for all graphs: no two run at the same time
+        return self.state[:len(rows), 3:].int().tolist()
 
 
-def settle(accept, row, token, logits, temperature, top_p):
-    """(token, the list that takes its place or None): the first draw that `accept` does not refuse; token None where it
-    refuses all. logits: (1, V), of which the refused are struck out: what may be taken is drawn from, exactly."""
-    new, temperature = row.seq[row.start:], temperature or float(row.hot)
-    draw = lambda t: sample_tokens(logits, t, top_p, torch.tensor([row.random.random()], device=logits.device)).item()
-    if row.hot:
-        token = draw(temperature)
-    for refused in range(1, logits.size(1) + 1):
-        keep = accept(row.i, new, token)
-        if keep is not False:
-            return token, keep
-        logits[0, token] = -math.inf
-        token = draw(temperature if refused < 64 else 0)  # then the best that is left
-    return None, None
+def sample_tokens(logits, temperatures, top_p, u):
+    """One token a row. logits: (B, V) float32; temperatures: (B,), 0 is argmax; u: (B,) uniform in
+    [0, 1). The inverse of the cumulative distribution over the nucleus: the fewest likeliest tokens
+    that hold top_p."""
+    best, likeliest = logits.max(-1, keepdim=True)
+    p = ((logits - best) / temperatures.clamp(min=1e-6)[:, None]).softmax(-1)
+    p, order = p.sort(-1, descending=True)
+    p = p * (p.cumsum(-1) - p < max(top_p, 1e-9))  # the likeliest is always in
+    cumulative = p.cumsum(-1)
+    u = u.clamp(max=0.99999994)[:, None] * cumulative[:, -1:]  # float32 rounds 1 - 2 ** -53 to 1
+    drawn = order.gather(1, torch.searchsorted(cumulative, u, right=True))
+    return torch.where(temperatures[:, None] == 0, likeliest, drawn).squeeze(1)
 
 
-def safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ValueError("safetensors files need: pip install safetensors") from None
-    return safetensors.torch
+# -- Files of weights ------------------------------------------------------------------------------
 
-
-def load_tensors(folder):
-    """{name: tensor} of model.safetensors or pytorch_model.bin, or of the shards that their index lists."""
-    for kind in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{kind}.index.json"
-        if not (folder / kind).is_file() and not index.is_file():
-            continue
-        files = [kind] if (folder / kind).is_file() else sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        tensors = {}
-        for file in files:
-            if not (folder / file).is_file():
-                raise FileNotFoundError(f"{folder / file} is missing, and {index.name} lists it")
-            try:
-                tensors |= safetensors().load_file(folder / file) if kind.endswith("safetensors") else torch.load(
-                    folder / file, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as e:
-                raise ValueError(f"{folder / file} cannot be read: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
-        return tensors
-    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+# What config.json calls GPTConfig's fields, and what it must say of the rest.
+OLMO_SHAPE = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
+              "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+              "n_embd": "hidden_size", "n_hidden": "intermediate_size"}
+OLMO = {"model_type": "olmo", "hidden_act": "silu", "attention_bias": False, "clip_qkv": None}
 
 
 def olmo_names(config):
-    """{Hugging Face's tensor name: (ours, part, parts)}: theirs is the part-th of `parts` equal pieces of our rows."""
-    names = {"model.embed_tokens.weight": ("wte.weight", 0, 1)}
+    """{our tensor's name: (Hugging Face's names of its equal parts, in order)}"""
+    names = {"wte.weight": ("model.embed_tokens.weight",)}
     if not config.tied:
-        names["lm_head.weight"] = ("lm_head.weight", 0, 1)
+        names["lm_head.weight"] = ("lm_head.weight",)
+    parts = {"attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
+             "attn.proj": ("self_attn.o",),
+             "mlp.gate_up": ("mlp.gate", "mlp.up"), "mlp.down": ("mlp.down",)}
     for i in range(config.n_layer):
-        theirs, ours = f"model.layers.{i}.", f"blocks.{i}."
-        for part, kind in enumerate("qkv"):
-            names[f"{theirs}self_attn.{kind}_proj.weight"] = (f"{ours}attn.qkv.weight", part, 3)
-        names[f"{theirs}self_attn.o_proj.weight"] = (f"{ours}attn.proj.weight", 0, 1)
-        for part, kind in enumerate(("gate", "up")):
-            names[f"{theirs}mlp.{kind}_proj.weight"] = (f"{ours}mlp.gate_up.weight", part, 2)
-        names[f"{theirs}mlp.down_proj.weight"] = (f"{ours}mlp.down.weight", 0, 1)
+        for ours, theirs in parts.items():
+            names[f"blocks.{i}.{ours}.weight"] = tuple(
+                f"model.layers.{i}.{name}_proj.weight" for name in theirs)
     return names
 
 
-def sample_tokens(logits, temperature, top_p, u):
-    """One token a row. logits: (B, V) float32; u: (B,) uniform in [0, 1), or None at temperature 0 (argmax).
-    The inverse of the cumulative distribution over the nucleus: the fewest likeliest tokens that hold top_p."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = (logits / temperature).softmax(-1)
-    order = None
-    if top_p < 1:
-        k = V = p.size(-1)
-        if p.device.type == "cpu":  # all that are less likely than this hold less than 1 - top_p, so that none is in the nucleus
-            k = int((p >= (1 - top_p) / V).sum(-1).max())
-        p, order = p.topk(k) if k < V else p.sort(-1, descending=True)
-        p = p * (p.cumsum(-1) - p < top_p)
-    cumulative = p.cumsum(-1)
-    u = u.to(logits.device)[:, None] * cumulative[:, -1:]
-    pick = torch.searchsorted(cumulative, u, right=True).clamp(max=p.size(-1) - 1)
-    return (pick if order is None else order.gather(1, pick)).squeeze(1)
+def find_pretrained(name):
+    """The folder `name`; or, of a model on the Hugging Face hub ("owner/name"), the one that holds
+    its config, tokenizer and weights. OSError or ValueError, one line, if it cannot be had."""
+    if Path(name).exists() or str(name).count("/") != 1:
+        return Path(name)
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(name, ignore_patterns="*/*", allow_patterns=[
+            "*.json", "*.safetensors", "pytorch_model*.bin"]))
+    except (ImportError, OSError, ValueError) as e:  # they say whether it is gated, private, ...
+        raise OSError(f"no folder here; of the Hugging Face hub: {one_line(e)}") from None
+
+
+def one_line(error):
+    """What an exception says, without line breaks and without the end of a long tale."""
+    if isinstance(error, ImportError):
+        return f"pip install {error.name}"
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def load_file(path):
+    """What a .json or .safetensors file, or one of torch.save, holds: a dict. OSError or
+    ValueError, one line, if it is missing, torn, or holds code."""
+    try:
+        if path.suffix == ".json":
+            return dict(json.loads(path.read_text()))
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as e:
+        raise ValueError(f"{path} cannot be read: {one_line(e)}") from None
+
+
+def load_tensors(folder):
+    """{name: tensor} of model.safetensors or pytorch_model.bin, or of the shards in their index."""
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        index, tensors = folder / f"{kind}.index.json", {}
+        if (folder / kind).is_file():
+            return load_file(folder / kind)
+        if index.is_file():
+            for file in set(load_file(index).get("weight_map", {}).values()):
+                tensors |= load_file(folder / file)
+            return tensors
+    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+
+
+def read_olmo_config(folder):
+    """The GPTConfig of an OLMo model's config.json; ValueError on what ours cannot compute."""
+    path = folder / "config.json"
+    hf = load_file(path)
+    hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    fixed = OLMO | {"num_key_value_heads": hf.get("num_attention_heads"), "rope_type": "default"}
+    wrong = [f"{key}={hf[key]!r}" for key in fixed if hf.get(key) not in (None, fixed[key])]
+    wrong += [f"{key}={hf.get(key)!r}" for key in OLMO_SHAPE.values()
+              if not isinstance(hf.get(key), int)]
+    if wrong:
+        raise ValueError(f"{path}: not supported: {', '.join(wrong)}")
+    return GPTConfig(**{ours: hf[theirs] for ours, theirs in OLMO_SHAPE.items()},
+                     rope_theta=hf.get("rope_theta", 10000.0),
+                     tied=hf.get("tie_word_embeddings") is not False)

@@ -1,9 +1,10 @@
-"""model.py against transformers' OLMo, against itself without a cache, and against a plain cross-entropy."""
+"""model.py against transformers' OLMo, itself without a cache, and a plain cross-entropy."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, sample_tokens
+from model import GPT, FusedCrossEntropy, GPTConfig, sample_tokens
 
 SMALL = dict(block_size=96, vocab_size=320, n_layer=3, n_head=4, n_embd=64)
 
@@ -18,7 +19,9 @@ def model():
     return model
 
 
-@pytest.mark.parametrize("shape, count", [((12, 12, 768), 151_879_680), ((24, 16, 1024), 454_164_480)])
+@pytest.mark.parametrize(
+    "shape, count", [((12, 12, 768), 151_879_680), ((24, 16, 1024), 454_164_480)]
+)
 def test_published_parameter_counts(shape, count):
     layers, heads, width = shape
     with torch.device("meta"):
@@ -45,7 +48,7 @@ def test_refuses_what_it_cannot_compute(model, tmp_path):
     (tmp_path / "config.json").write_text(text.replace('"clip_qkv": null', '"clip_qkv": 8.0'))
     with pytest.raises(ValueError, match="clip_qkv=8.0"):
         GPT.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="neither ckpt.pt nor config.json"):
+    with pytest.raises(ValueError, match="nothing/config.json cannot be read: .*No such file"):
         GPT.from_pretrained(tmp_path / "nothing")
 
 
@@ -63,10 +66,13 @@ def test_loss_and_gradients_equal_plain_cross_entropy(model):
 
 
 def test_chunks_do_not_change_the_loss(model):
-    from model import FusedCrossEntropy
     x, targets = torch.randn(70, 64, requires_grad=True), torch.randint(-1, 320, (70,))
-    results = [torch.autograd.grad(FusedCrossEntropy.apply(x, model.wte.weight, targets, chunk, True), [x, model.wte.weight])
-               for chunk in (7, 1000)]
+    results = [
+        torch.autograd.grad(
+            FusedCrossEntropy.apply(x, model.wte.weight, targets, chunk), [x, model.wte.weight]
+        )
+        for chunk in (7, 1000)
+    ]
     for a, b in zip(*results):
         assert (a - b).abs().max() < 1e-4
 
@@ -78,7 +84,9 @@ def test_packed_examples_see_only_themselves(model):
         packed = model(torch.cat((a, b), 1), None, segments)[0]
         assert (packed[:, :30] - model(a)[0]).abs().max() < 1e-4
         assert (packed[:, 30:] - model(b)[0]).abs().max() < 1e-4
-        assert (model(torch.cat((a, b), 1))[0][:, 30:] - model(b)[0]).abs().max() > 0.1  # it does matter
+        assert (
+            model(torch.cat((a, b), 1))[0][:, 30:] - model(b)[0]
+        ).abs().max() > 0.1  # it does matter
 
 
 def greedy(model, prompt, n):
@@ -87,7 +95,7 @@ def greedy(model, prompt, n):
     with torch.no_grad():
         for _ in range(n):
             ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 def test_greedy_generation_equals_plain_forward(model):
@@ -101,33 +109,57 @@ def test_stop_tokens_callbacks_and_streaming(model):
     full = model.generate([prompt], 20, temperature=0)[0]
     at = next(i for i in range(3, 20) if full[i] not in full[:i])
     assert model.generate([prompt], 20, temperature=0, stop_tokens=(full[at],))[0] == full[:at]
-    assert model.generate([prompt], 20, temperature=0, stop=lambda new: len(new) == 5)[0] == full[:5]
+    assert (
+        model.generate([prompt], 20, temperature=0, stop=lambda new: len(new) == 5)[0] == full[:5]
+    )
     seen = []
     model.generate([prompt], 6, temperature=0, on_token=lambda i, t: seen.append(t))
     assert seen == full[:6] + [None]
     with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):
         model.generate([prompt, []], 5)
+    assert model.generate([], 5) == [] and model.generate([prompt] * 3, 0) == [[]] * 3
+    assert model.generate([prompt] * 3, [0, 2, 0], temperature=0) == [[], full[:2], []]
 
 
 def test_a_sample_does_not_depend_on_its_batch(model):
     prompts = [torch.randint(320, (n,)).tolist() for n in (5, 30, 12, 1, 60, 8)]
     together = model.generate(prompts, 25, seeds=[9, 8, 7, 6, 5, 4], top_p=0.9, batch_size=4)
-    alone = [model.generate([p], 25, seeds=[s], top_p=0.9)[0] for p, s in zip(prompts, [9, 8, 7, 6, 5, 4])]
+    alone = [
+        model.generate([p], 25, seeds=[s], top_p=0.9)[0]
+        for p, s in zip(prompts, [9, 8, 7, 6, 5, 4])
+    ]
     assert together == alone
-    assert model.generate(prompts[:1], 25, seeds=[1])[0] != model.generate(prompts[:1], 25, seeds=[2])[0]
+    assert (
+        model.generate(prompts[:1], 25, seeds=[1])[0]
+        != model.generate(prompts[:1], 25, seeds=[2])[0]
+    )
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_looking_at_the_tokens_once_a_chunk_changes_nothing(model, temperature):
-    """As on CUDA, where 16 steps are taken before the host sees a token: rows end anywhere within a chunk."""
+    """As on CUDA, where 16 steps are taken before the host sees a token: rows end anywhere within a
+    chunk."""
     prompts = [torch.randint(320, (n,)).tolist() for n in (5, 30, 12, 1, 90, 8, 93)]
     most = [25, 3, 17, 25, 25, 1, 25]  # the fifth and the last end at block_size
     seen = {}
-    call = lambda chunk: model.generate(prompts, most, temperature=temperature, top_p=0.9, batch_size=3, chunk=chunk,
-                                        stop_tokens=range(0, 320, 16), stop=lambda new: new[-1] % 16 == 1,
-                                        on_token=lambda i, t: seen.setdefault((chunk, i), []).append(t))
+    call = lambda chunk: model.generate(
+        prompts,
+        most,
+        temperature=temperature,
+        top_p=0.9,
+        batch_size=3,
+        chunk=chunk,
+        stop_tokens=range(0, 320, 16),
+        stop=lambda new: new[-1] % 16 == 1,
+        on_token=lambda i, t: seen.setdefault((chunk, i), []).append(t),
+    )
     one, five = call(1), call(5)
-    assert one == five and all(len(x) <= n for x, n in zip(one, most)) and len(one[4]) <= 6 and len({*map(len, one)}) > 2
+    assert (
+        one == five
+        and all(len(x) <= n for x, n in zip(one, most))
+        and len(one[4]) <= 6
+        and len({*map(len, one)}) > 2
+    )
     assert all(seen[1, i] == seen[5, i] == x + [None] for i, x in enumerate(one))
 
 
@@ -135,66 +167,127 @@ def test_samples_of_one_prompt_share_its_cache_and_nothing_else(model, monkeypat
     prompts = [p for p in (torch.randint(320, (n,)).tolist() for n in (20, 33)) for _ in range(5)]
     most = [9, 15, 4, 11, 15, 7, 15, 9, 12, 15]
     alone = [model.generate([p], n, seeds=[s])[0] for s, (p, n) in enumerate(zip(prompts, most))]
+    assert (
+        model.generate(prompts, most, batch_size=4) == alone and len(set(map(tuple, alone))) == 10
+    )
     computed, hidden = [], GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, idx, *args: computed.append(idx.shape) or hidden(self, idx, *args))
-    assert model.generate(prompts, most, batch_size=4) == alone and len(set(map(tuple, alone))) == 10
-    assert sum(rows for rows, length in computed if length > 1) == 2  # of ten prompts two were computed
+    monkeypatch.setattr(
+        GPT,
+        "hidden",
+        lambda self, idx, *args: computed.append(idx.shape) or hidden(self, idx, *args),
+    )
+    assert model.generate(prompts, most) == alone
+    assert (
+        sum(rows for rows, length in computed if length > 1) == 2
+    )  # of ten prompts two were computed
 
 
-def test_refused_tokens_leave_the_distribution_of_the_rest(model):
-    prompt = [5, 6, 7]
-    logits = model(torch.tensor([prompt]))[0][0, -1].detach()
-    taboo = set(logits.topk(40).indices.tolist())
-    out = model.generate([prompt] * 4000, 1, accept=lambda i, new, token: False if token in taboo else None, batch_size=500)
-    logits[list(taboo)] = -float("inf")
-    p, count = logits.softmax(-1), torch.bincount(torch.tensor(out)[:, 0], minlength=320)
-    keep = p > 0
-    assert count[~keep].sum() == 0
-    chi2 = ((count[keep] - 4000 * p[keep]) ** 2 / (4000 * p[keep])).sum().item()
-    assert chi2 < 279 + 5 * (2 * 279) ** 0.5  # mean and deviation of chi-squared with 279 degrees of freedom
-    allowed = lambda i, new, token: None if token == 8 else False
-    assert model.generate([prompt], 3, temperature=0, accept=allowed) == [[8, 8, 8]]
-    assert model.generate([prompt], 3, accept=lambda i, new, token: False) == [[]]
+@pytest.mark.parametrize("temperature, chunk", [(0, 1), (0, 5), (1.0, 1), (1.0, 5)])
+def test_what_a_check_refuses_is_drawn_again_in_its_place(model, temperature, chunk):
+    torch.manual_seed(3)
+    prompts, seen, asked = [torch.randint(320, (n,)).tolist() for n in (5, 30, 12, 1)], {}, {}
+    asking = range(0, 320, 2 if temperature else 1)
+
+    def check(
+        i, new
+    ):  # the first two lists of at least eight go back to three tokens, then all is well
+        assert new == seen[i] and new[-1] in asking
+        if len(new) > 7:
+            asked.setdefault(i, []).append(list(new))
+            return 3 if len(asked[i]) < 3 else None
+
+    def on_token(i, token):
+        if token is not None and token < 0:
+            del seen[i][token:]
+        elif token is not None:
+            seen.setdefault(i, []).append(token)
+
+    def call(which, chunk):
+        seen.clear(), asked.clear()
+        return model.generate(
+            [prompts[i] for i in which],
+            30,
+            temperature=temperature,
+            seeds=which,
+            chunk=chunk,
+            check_tokens=asking,
+            check=check,
+            on_token=on_token,
+            batch_size=3,
+        )
+
+    out = call(range(4), chunk)
+    tried = dict(asked)
+    assert out == [seen[i] for i in range(4)] and list(map(len, out)) == [30] * 4 == [
+        len(seen[i]) for i in range(4)
+    ]
+    for (one, two, three, *_), o in zip((tried[i] for i in range(4)), out):
+        assert one[:3] == two[:3] == three[:3] and three == o[: len(three)]
+    assert any(two not in (one, three) for one, two, three, *_ in tried.values())
+    assert [call([i], chunk)[0] for i in range(4)] == out  # its draws are its own
+    if not temperature:  # argmax up to the refusal, and again after the check that kept what it saw
+        for i, (p, o) in enumerate(zip(prompts, out)):
+            first, last = tried[i][0], len(tried[i][2])
+            assert first == greedy(model, p, len(first)) and o[last:] == greedy(
+                model, p + o[:last], 30 - last
+            )
+    else:  # the cache holds nothing of what was dropped
+        with torch.no_grad():
+            scores = [
+                model(torch.tensor([p + o]))[0][0, len(p) - 1 : -1].log_softmax(-1)
+                for p, o in zip(prompts, out)
+            ]
+        assert all(s.gather(1, torch.tensor(o)[:, None]).min() > -25 for s, o in zip(scores, out))
 
 
-def test_a_cut_part_is_drawn_again_as_if_it_had_not_been(model):
-    prompts = [torch.randint(320, (n,)).tolist() for n in (5, 30, 12, 1)]
-    plain = model.generate(prompts, 12, temperature=0)
-    for temperature in (0, 1.0):
-        cuts, seen = {}, [[] for _ in prompts]
+def test_what_is_drawn_again_follows_the_model(model):
+    """Whatever was refused before it, the second token is drawn from what the model says after the
+    first."""
+    prompt, tries = [5, 6, 7], {}
 
-        def accept(i, new, token):  # the eighth token of each row: back to the third, twice; then all of it is kept
-            cuts[i] = cuts.get(i, 0) + (len(new) == 7)
-            return None if len(new) != 7 else new[:3] if cuts[i] < 3 else new + [token]
+    def check(i, new):
+        if len(new) == 4 and i not in tries:
+            tries[i] = new[1:]
+            return 1
 
-        def on_token(i, token):
-            if token is not None and token < 0:
-                del seen[i][token:]
-            elif token is not None:
-                seen[i].append(token)
-
-        out = model.generate(prompts, 12, temperature=temperature, accept=accept, on_token=on_token, batch_size=3)
-        assert out == seen and list(map(len, out)) == [12] * 4 and set(cuts.values()) == {3}
-        cuts.clear()
-        assert out == [model.generate([p], 12, temperature=temperature, accept=lambda _, new, t: accept(i, new, t), seeds=[i])[0]
-                       for i, p in enumerate(prompts)]
-        if not temperature:  # after the cut, argmax again from the ninth on
-            assert all(o[:3] == p[:3] and o != p for o, p in zip(out, plain))
-            assert [o[8:] for o in out] == [greedy(model, p + o[:8], 4) for p, o in zip(prompts, out)]
-
-
-def test_replaced_tokens_are_read_in_place_of_the_old(model):
-    prompts = [torch.randint(320, (n,)).tolist() for n in (5, 30, 12, 1)]
-    plain, other = model.generate(prompts, 20, temperature=0), [7, 8, 9, 10, 11]
-    accept = lambda i, new, token: new[:4] + other + [token] if len(new) == 6 else None
-    for n, (p, old, new) in enumerate(zip(prompts, plain, model.generate(prompts, 20, temperature=0, accept=accept, batch_size=3))):
-        assert new[:10] == old[:4] + other + [old[6]] and new[10:] == greedy(model, p + new[:10], 10)
+    out = model.generate(
+        [prompt] * 3000, 5, check_tokens=range(320), check=check, batch_size=500, temperature=0
+    )
+    assert len({o[0] for o in out}) == 1 and len(tries) == 3000
+    p = model(torch.tensor([prompt + out[0][:1]]))[0][0, -1].detach().softmax(-1)
+    count = torch.bincount(torch.tensor(out)[:, 1], minlength=320)
+    common = p > 0.002
+    chi2 = ((count - 3000 * p) ** 2 / (3000 * p))[common].sum().item()
+    n = int(common.sum())
+    assert n > 20 and chi2 < n + 5 * (2 * n) ** 0.5
 
 
 def test_sampling_follows_the_nucleus():
     p = torch.tensor([0.1, 0.5, 0.15, 0.25])
     u = (torch.arange(20_000) + 0.5) / 20_000
-    draw = lambda top_p, t=1.0: torch.bincount(sample_tokens(p.log().expand(20_000, 4), t, top_p, u), minlength=4) / 20_000
+
+    def draw(top_p, temperature=1.0):
+        drawn = sample_tokens(
+            p.log().expand(20_000, 4), torch.full((20_000,), temperature), top_p, u
+        )
+        return torch.bincount(drawn, minlength=4) / 20_000
+
     assert torch.allclose(draw(1.0), p, atol=1e-3)
-    assert torch.allclose(draw(0.7), torch.tensor([0, 2 / 3, 0, 1 / 3]), atol=1e-3)  # 0.5 + 0.25 >= 0.7
-    assert torch.allclose(draw(1.0, 0.5), p ** 2 / (p ** 2).sum(), atol=1e-3)
+    assert torch.allclose(
+        draw(0.7), torch.tensor([0, 2 / 3, 0, 1 / 3]), atol=1e-3
+    )  # 0.5 + 0.25 >= 0.7
+    assert torch.allclose(draw(1.0, 0.5), p**2 / (p**2).sum(), atol=1e-3)
+    likeliest = torch.tensor([0.0, 1, 0, 0])
+    for top_p, temperature in (
+        (0.0, 1.0),
+        (0.4, 1.0),
+        (1.0, 0.0),
+        (0.5, 0.0),
+        (1.0, 1e-30),
+        (0.9, 1e-4),
+    ):
+        assert torch.equal(draw(top_p, temperature), likeliest)
+    even = sample_tokens(torch.zeros(100, 1000), torch.ones(100), 0.0, torch.linspace(0, 1, 100))
+    assert len(set(even.tolist())) == 1
+    last = sample_tokens(p.log().expand(2, 4), torch.ones(2), 0.7, torch.tensor([1 - 2**-53, 1.0]))
+    assert last.tolist() == [3, 3]  # not what lies outside of the nucleus
