@@ -10,8 +10,7 @@ has a process of its own and they take turns, step by step, so that whatever els
 hits all of them; ours keeps freed memory as train.py does (`keep_freed_memory`), and rows apart
 show ours without it and the peer with it. On a GPU it also measures ours without compile, without
 the fused loss and with each attention backend. A large matmul is the floor, and a profile says
-where the time goes by kinds of kernels. Prints a table; --out=tests/bench/results/train-<device>.json
-keeps it.
+where the time goes by kinds of kernels. Prints a table, which --out=FILE keeps (under results/).
 """
 import argparse
 import json
