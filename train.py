@@ -227,8 +227,8 @@ def read_batches(rows, numbers, cfg, device):
     """Yield rows `numbers` as (2 or 3, B, T) tensors on the device, B at most micro_batch, each
     with the number of its targets."""
     for at in range(0, len(numbers), cfg.micro_batch):
-        batch = [rows[i] for i in numbers[at:at + cfg.micro_batch]]
-        batch = torch.from_numpy(np.stack(batch, axis=1))
+        batch = torch.from_numpy(np.stack(
+            [rows[i] for i in numbers[at:at + cfg.micro_batch]], axis=1))
         targets = int((batch[1] >= 0).sum())
         batch = batch.pin_memory() if device.type == "cuda" else batch
         yield batch.to(device, non_blocking=True), targets
@@ -257,9 +257,9 @@ def read_meta(folder):
         counts = [meta[path.stem]["tokens"] for path in bins]
         if counts != [path.stat().st_size / 2 for path in bins]:
             raise ValueError("train.bin and val.bin hold other numbers of tokens")
-        hashed = fingerprint_files(bins + sorted(folder.glob("*.npy")))
-        return {k: meta[k] for k in ("tokenizer", "fingerprint", "vocab_size", "form")} | {
-            "data": [[*counts, hashed]]}
+        data = [[*counts, fingerprint_files(bins + sorted(folder.glob("*.npy")))]]
+        kept = ("tokenizer", "fingerprint", "vocab_size", "form")
+        return {k: meta[k] for k in kept} | {"data": data}
     except FileNotFoundError as e:
         file = next((a for a in sys.argv[1:] if a.endswith(".py")), "--corpora=FOLDER")
         die(f"{e.filename} is missing: python prepare.py {file} --dataset={folder.name} writes it")
@@ -518,7 +518,8 @@ def main():
     rows = min(cfg.micro_batch, cfg.batch_size // WORLD)
     passes, step_tokens = math.ceil(cfg.batch_size / WORLD / rows), cfg.batch_size * cfg.block_size
     say(f"{model.num_params() / 1e6:.2f}M parameters, {cfg.block_size} tokens a row, "
-        f"{step_tokens:,} a step ({WORLD} x {passes} x {rows} rows), {max_iters:,} steps, {device}, {dtype}")
+        f"{step_tokens:,} a step ({WORLD} x {passes} x {rows} rows), {max_iters:,} steps, "
+        f"{device}, {dtype}")
     if cfg.warmup_iters >= max_iters:
         say(f"warmup_iters={cfg.warmup_iters:,}: the learning rate rises until the run ends")
     log = open_log(out / "log.jsonl", step or -1) if RANK == 0 else None
@@ -630,17 +631,21 @@ def plot_logs(paths):
             plt.plot([x["tokens"] for x in at], [x[key] for x in at], label=f"{path}: {key}")
     plt.xlabel("tokens")
     plt.legend()
-    plt.savefig("plot.png", dpi=120)
+    plt.savefig("plot.png")
     print("plot.png")
 
+
+FAULTS = {  # what a RuntimeError says of what a user can mend: how
+    "out of memory|allocate memory": "out of memory: halve --micro_batch (it changes no result)",
+    "No working C": "torch.compile wants a C++ compiler (g++): install one, or --compile=no",
+    "by peer|Broken pipe|imed out": "another rank has ended or does not answer; the last save "
+                                    "is whole, the same command goes on from there"}
 
 if __name__ == "__main__":
     try:
         config.run(main)
     except RuntimeError as e:
-        if re.search("out of memory|allocate memory", str(e)):
-            die("out of memory: halve --micro_batch (it changes no result)")
-        if WORLD == 1 or not re.search("peer|pipe|imed out", str(e)):
-            raise
-        die("another rank has ended or does not answer; the last checkpoint is whole, the same "
-            "command goes on from there")
+        for pattern, line in FAULTS.items():
+            if re.search(pattern, str(e)):
+                die(line)
+        raise

@@ -143,7 +143,7 @@ def test_two_ranks_killed_and_stopped_resume_bit_for_bit(workspace, tmp_path):
     assert run("train.py", *args, f"--out_dir={tmp_path}/whole", cwd=workspace, ranks=2)[0] == 0
     args = (*args, f"--out_dir={tmp_path}/cut")
     status, out, err = run(faulty(tmp_path, "kill", 8), *args, cwd=workspace, ranks=2)
-    assert status == 1 and "rank 1: another rank has ended" in err and "SIGKILL" in err
+    assert status == 1 and "rank 1: another rank has ended" in err and "SIGKILL" in err, err
     assert load(tmp_path / "cut/ckpt.pt")["step"] == 4
     status, out = stop_at(8, signal.SIGTERM, *args, cwd=workspace, ranks=2)
     assert status != 0 and "asked to stop: saved" in out
@@ -390,6 +390,15 @@ def test_values_at_the_edge_work(workspace, tmp_path):
     assert status == 0 and "warmup_iters=9: the learning rate rises until the run ends" in out, err
     assert train.config.load(train.Settings, ["--compile=True"]).compile == "yes"
     assert train.config.load(train.Settings, ["--compile"]).compile == "yes"
+
+
+def test_compile_without_a_compiler_is_said(workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    status, out, err = run("train.py", "--dataset=text", *TINY, "--compile=yes", "--max_iters=1",
+                           f"--out_dir={tmp_path}", cwd=workspace)
+    assert status == 1 and err.splitlines()[-1].endswith("or --compile=no"), err
+    assert "Traceback" not in err
 
 
 def test_data_that_is_broken_is_refused_in_a_line(tmp_path):
