@@ -160,8 +160,8 @@ class TextRows(Rows):
 class ExampleRows(Rows):
     """Instruction data: whole examples packed into rows, loss on their responses alone. An example
     that is longer than block_size loses its end, as the paper's do; one that loses all of its
-    response is left out. Held in memory: 2 bytes a token, and the plan of all epochs, some 50 bytes
-    an example and epoch (45 MB for 88,900 pairs * 5 sequences * 2 epochs)."""
+    response is left out. The plan of all epochs is held in memory, some 50 bytes an example and
+    epoch (45 MB for 88,900 pairs * 5 sequences * 2 epochs)."""
 
     def __init__(self, folder, split, cfg):
         super().__init__(folder, split, cfg)
