@@ -325,9 +325,9 @@ def test_text_too_short_to_validate_on_is_said(tmp_path):
 
 
 def test_examples_without_a_target_are_counted_and_left_out(tmp_path):
-    """Prompts of 30, 70 and 10 tokens: the second leaves no room for its response in 64."""
+    """Prompts of 30, 65 and 10 tokens: the second leaves no room for its response in 64."""
     tokens, table = [], []
-    for prompt, response in ((30, 50), (70, 20), (10, 5)):
+    for prompt, response in ((30, 50), (65, 20), (10, 5)):
         table.append((len(tokens), len(tokens) + prompt))
         tokens += [i % 64 for i in range(prompt + response)]
     name = dataset(tmp_path, "some", tokens, tokens, (table, table))
@@ -337,7 +337,7 @@ def test_examples_without_a_target_are_counted_and_left_out(tmp_path):
     assert all(loss is None or loss > 1 for _, loss, _ in losses(tmp_path / "out"))
     rows = train.ExampleRows(tmp_path / "data/some", "train", settings(block_size=64))
     assert [(row[1] >= 0).sum() > 0 for row in (rows[i] for i in range(9))] == [True] * 9
-    cut = tokens[80:], [(0, 70)]  # the second alone
+    cut = tokens[80:165], [(0, 65)]  # the second alone
     name = dataset(tmp_path, "none", tokens, cut[0], (table, cut[1]))
     status, out, err = run("train.py", name, *TINY, "--max_iters=3", "--out_dir=o", cwd=tmp_path)
     assert status == 0 and "no validation loss, and no best.pt" in out and "step 3: val" not in out
