@@ -20,6 +20,7 @@ import train
 TINY = ("--block_size=64", "--n_layer=2", "--n_head=2", "--n_embd=32", "--batch_size=8",
         "--micro_batch=8", "--warmup_iters=2", "--learning_rate=3e-3", "--eval_rows=16",
         "--eval_interval=10", "--log_interval=1")
+LONGER = (*TINY, "--block_size=256")  # room for whole examples
 
 
 def log_lines(folder):
@@ -139,7 +140,7 @@ def test_learns_and_resumes_bit_for_bit(workspace, tmp_path, optimizer):
 def test_two_ranks_killed_and_stopped_resume_bit_for_bit(workspace, tmp_path):
     """Rank 0 dies in the middle of a save: the other ends too; then torchrun is asked to stop just
     where an evaluation is due; the third run ends as one that was never stopped."""
-    args = ("--dataset=edits", "--max_iters=12", *TINY, "--eval_interval=4")
+    args = ("--dataset=edits", "--max_iters=12", *LONGER, "--eval_interval=4")
     assert run("train.py", *args, f"--out_dir={tmp_path}/whole", cwd=workspace, ranks=2)[0] == 0
     args = (*args, f"--out_dir={tmp_path}/cut")
     status, out, err = run(faulty(tmp_path, "kill", 8), *args, cwd=workspace, ranks=2)
@@ -156,7 +157,7 @@ def test_two_ranks_killed_and_stopped_resume_bit_for_bit(workspace, tmp_path):
 
 def test_sigterm_saves_and_two_ranks_go_on(workspace, tmp_path):
     """One rank, asked to stop in the middle; two finish the run; the losses are those of one."""
-    args = ("--dataset=edits", "--max_iters=12", *TINY)
+    args = ("--dataset=edits", "--max_iters=12", *LONGER)
     assert run("train.py", *args, f"--out_dir={tmp_path}/whole", cwd=workspace)[0] == 0
     args = (*args, f"--out_dir={tmp_path}/cut")
     status, out = stop_at(3, signal.SIGTERM, *args, cwd=workspace)
@@ -171,17 +172,17 @@ def test_sigterm_saves_and_two_ranks_go_on(workspace, tmp_path):
 
 def test_accumulation_does_not_change_the_losses(workspace, tmp_path):
     for micro in (8, 3):
-        assert run("train.py", "--dataset=edits", "--max_iters=5", *TINY, f"--micro_batch={micro}",
-                   f"--out_dir={tmp_path}/{micro}", cwd=workspace)[0] == 0
+        args = ("--dataset=edits", "--max_iters=5", *LONGER, f"--micro_batch={micro}")
+        assert run("train.py", *args, f"--out_dir={tmp_path}/{micro}", cwd=workspace)[0] == 0
     for a, b in zip(losses(tmp_path / "8"), losses(tmp_path / "3")):
         assert all(abs(x - y) < 1e-4 for x, y in zip(a[1:], b[1:]) if x is not None)
 
 
 def test_finetunes_from_pretrained_and_refuses_what_does_not_fit(workspace, tmp_path):
     pre, out_dir = f"{tmp_path}/pre", f"--out_dir={tmp_path}/tuned"
-    args = ("--dataset=text", "--max_iters=10", *TINY, f"--out_dir={pre}")
+    args = ("--dataset=text", "--max_iters=10", *LONGER, f"--out_dir={pre}")
     assert run("train.py", *args, cwd=workspace)[0] == 0
-    tune = ("--dataset=programs", "--epochs=2", *TINY, f"--pretrained={pre}")
+    tune = ("--dataset=programs", "--epochs=2", *LONGER, f"--pretrained={pre}")
     status, out, err = run("train.py", *tune, out_dir, "--max_iters=2", cwd=workspace)
     assert status == 0, err
     new = (*tune, "--pretrained=", f"--out_dir={tmp_path}/new", "--max_iters=1")
@@ -501,7 +502,7 @@ def test_text_rows_are_the_file_block_by_block(workspace):
 def test_packed_rows_hold_every_example_whole_once_an_epoch(workspace):
     from prepare import DIFF, get_tokenizer
     enc = get_tokenizer(str(workspace / "tiny.tiktoken"))
-    rows = train.ExampleRows(workspace / "data/edits", "train", settings(block_size=512))
+    rows = train.ExampleRows(workspace / "data/edits", "train", settings(block_size=1024))
     examples = [json.loads(line) for line in open(workspace / "edits.jsonl")]
     assert rows.truncated == rows.left_out == 0
     written = {x["source_instruction"] + "".join("\n" + DIFF + e for e in x["edit_path"])
@@ -522,7 +523,7 @@ def test_packed_rows_hold_every_example_whole_once_an_epoch(workspace):
         assert len(seen) == len(rows.begin) > 60 and set(seen) <= written
         orders.append(seen)
     assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
-    assert sum(rows.length) / (rows.count() * 512) > 0.9
+    assert sum(rows.length) / (rows.count() * 1024) > 0.9
 
 
 def test_schedule():
