@@ -1,30 +1,31 @@
 """Train a GPT: pretraining on text and finetuning on instruction data are one loop.
 
-    python train.py config/demo.py                                      # one CPU or GPU
-    torchrun --nproc_per_node=4 train.py config/150m.py                 # four GPUs of one node
-    python train.py --plot out/log.jsonl out-muon/log.jsonl             # curves of runs, as a PNG
+    python train.py config/demo.py                                   # one CPU or GPU
+    torchrun --nproc_per_node=4 train.py config/150m.py              # four GPUs of one node
+    python train.py --plot out/log.jsonl out-muon/log.jsonl          # curves of runs, as a PNG
 
-Reads data/<dataset>/ (prepare.py), writes out_dir/ckpt.pt (the last state, to go on from), best.pt (the lowest
-validation loss) and log.jsonl. Run the same command again and it goes on where it stopped; Ctrl-C and SIGTERM save first.
+Reads data/<dataset>/ (prepare.py), writes out_dir/ckpt.pt (the last state, to go on from), best.pt
+(the lowest validation loss; none without validation data) and log.jsonl. Run the same command again
+and it goes on where it stopped, with the settings it is given now; Ctrl-C and SIGTERM save first.
 
-Every epoch visits every block once, in an order that depends on the seed and the step alone: not on ranks, nor on
-restarts. Nothing else is drawn after the first weights, so a checkpoint holds no random state. Left out: model and
-optimizer sharding (the paper's models fit one GPU many times over).
+Every epoch visits every row once, in an order that depends on the seed and the step alone: not on
+ranks, nor on restarts. Nothing else is drawn after the first weights, so a checkpoint holds no
+random state. Left out: mixtures of datasets (prepare.py mixes corpora), and sharding of model and
+optimizer (the paper's models fit one GPU many times over).
 """
 import ctypes
-import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 from bisect import bisect_left, insort
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,177 +33,210 @@ import torch
 import torch.distributed as dist
 
 import config
+from config import LOCAL_RANK, RANK, WORLD, die
 from model import GPT, GPTConfig
 
 DATA = Path("data")
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
 class Settings:
     out_dir = "out"  # checkpoints and log.jsonl go there
-    dataset = "pretrain"  # data/<dataset>; several, comma-separated, are mixed by their sizes
-    pretrained = ""  # finetuning: a folder with ckpt.pt or a Hugging Face model, whose weights are the start
-    seed = 1337  # of the weights and of the order of the data
+    dataset = "pretrain"  # data/<dataset>
+    pretrained = ""  # finetuning: a folder with ckpt.pt or a Hugging Face model to start from
+    seed: (0, 4_294_967_295) = 1337  # of the weights and of the order of the data
     # the model (from `pretrained` where that is set)
-    block_size = 1024  # tokens in a row
-    n_layer = 12  # blocks
-    n_head = 12  # attention heads in each
-    n_embd = 768  # width of the residual stream
+    block_size: (1,) = 1024  # tokens in a row
+    n_layer: (1,) = 12  # blocks
+    n_head: (1,) = 12  # attention heads in each
+    n_embd: (1,) = 768  # width of the residual stream
     n_hidden = 0  # width of SwiGLU; 0: 4 * n_embd
     # the batch
-    batch_size = 1024  # rows of block_size tokens in an optimizer step, over all ranks
-    micro_batch = 32  # rows in one forward pass of one rank; batch_size / (micro_batch * ranks) are accumulated
+    batch_size: (1,) = 1024  # rows of block_size tokens in an optimizer step, over all ranks
+    micro_batch: (1,) = 32  # rows in a forward pass of a rank; passes are accumulated
     max_iters = 0  # optimizer steps; 0: as many as `epochs` need
-    epochs = 1  # passes over the data, where max_iters is 0
+    epochs: (1,) = 1  # passes over the data, where max_iters is 0
     # the optimizer
-    optimizer = "adamw"  # or "muon": orthogonalized momentum for the matrices of the blocks, AdamW for the embedding
+    optimizer: ("adamw", "muon") = "adamw"  # muon: the blocks' matrices; AdamW the rest
     learning_rate = 6e-4  # the highest, after the warm-up
     muon_lr = 0.02  # the same for Muon's matrices
-    min_lr = 0.1  # where the decay ends, as a fraction of learning_rate
-    decay = "cosine"  # or "linear"
+    min_lr: (0, 1) = 0.1  # where the decay ends, as a fraction of learning_rate
+    decay: ("cosine", "linear") = "cosine"  # of the learning rate, after the warm-up
     warmup_iters = 2000  # steps of linear warm-up
     weight_decay = 0.1  # decoupled, on every matrix (there is nothing else)
-    beta1 = 0.9  # AdamW's
-    beta2 = 0.95  # AdamW's
+    beta1: (0, 0.99999) = 0.9  # AdamW's
+    beta2: (0, 0.99999) = 0.95  # AdamW's
     grad_clip = 1.0  # of the norm of all gradients; 0: off
     # the run
-    eval_interval = 1000  # steps between evaluations; each saves a checkpoint
+    eval_interval: (1,) = 1000  # steps between evaluations; each saves a checkpoint
     eval_rows = 2048  # validation rows in an evaluation, the same each time; 0: all of val.bin
-    log_interval = 10  # steps between lines
-    device = "auto"  # cuda if there is one, mps, else cpu
-    dtype = "auto"  # bfloat16 on cuda, else float32
-    compile = "auto"  # "yes", "no"; auto: on cuda
+    log_interval: (1,) = 10  # steps between lines
+    device: ("auto", "cuda", "mps", "cpu") = "auto"  # the first that there is
+    dtype: ("auto", "bfloat16", "float32") = "auto"  # bfloat16 on cuda, else float32
+    compile: ("auto", "yes", "no") = "auto"  # on cuda
     wandb = ""  # a Weights & Biases project to log to
-    plot = False  # draw log.jsonl files (given as arguments) into plot.png
+    plot = False  # draw log.jsonl files (given as arguments; else out_dir's) into plot.png
     paths = ()  # the logs to draw
 
 
-def die(message):
-    print(f"train.py: {f'rank {RANK}: ' if RANK else ''}{message}", file=sys.stderr, flush=True)
-    raise SystemExit(1)
+# -- Ranks -----------------------------------------------------------------------------------------
+
+def say(line):
+    if RANK == 0:
+        print(line, flush=True)
 
 
-def keep_memory():
-    """Have glibc keep what is freed: it hands large blocks back to the kernel, which clears them anew in every step of a
-    CPU (a sixth of its time at 150M). Other C libraries have their own ways."""
+def join_ranks(cfg):
+    """Meet the other ranks; the device of this one."""
+    name = cfg.device
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
+    try:
+        torch.zeros(1, device=device)
+        if WORLD > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo",
+                                    timeout=timedelta(minutes=10))
+    except Exception as e:  # no such device, no such driver, an address that is taken
+        die(f"{device}, rank {RANK} of {WORLD}: {e!r:.200}")
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    elif name == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def keep_freed_memory():
+    """Have glibc keep what is freed: it hands large blocks back to the kernel, which clears them
+    anew in every step of a CPU. A sixth of its time at 150M, 2% at the demo's size; other C
+    libraries lack it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-# -- Data: row i of the whole run, whoever asks -----------------------------------------------------------------------
-
-def permuted(i, n, key):
-    """The i-th element of a pseudorandom permutation of range(n): four Feistel rounds over the next power of four,
-    walked until the result falls below n (fewer than four steps on average), so that no permutation is ever held."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = i >> half, i & mask
-        for r in range(4):
-            h = (right * 0x9E3779B97F4A7C15 + key + r * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-            h = ((h ^ (h >> 31)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-            left, right = right, left ^ ((h ^ (h >> 29)) & mask)
-        i = left << half | right
-        if i < n:
-            return i
+def sum_over_ranks(x):
+    """The sum of a tensor over all ranks, in place. On the CPU it goes through gloo, and no rank
+    waits for its GPU."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
 
 
-class TextRows:
-    """Pretraining text: the bins laid end to end and cut into blocks of block_size tokens (and the next one)."""
+# -- Data ------------------------------------------------------------------------------------------
 
-    def __init__(self, folders, split, cfg):
-        self.T, self.seed = cfg.block_size, cfg.seed
-        self.bins = [np.memmap(f / f"{split}.bin", dtype="<u2", mode="r") for f in folders]
-        self.ends = np.cumsum([(len(b) - 1) // self.T for b in self.bins])
-        self.n = int(self.ends[-1])  # rows an epoch
-        if self.n < 1:
-            die(f"{folders[0]}/{split}.bin holds less than one row of block_size={self.T} tokens")
+class Rows:
+    """The rows of a run, (2 or 3, T) int64 each: tokens, targets (-1 where there is no loss) and,
+    where several examples share a row, the number of each token's example. An epoch holds every row
+    once, in an order of the seed and the epoch alone: rows[i] is the i-th of the whole run, whoever
+    asks."""
 
-    def rows_in(self, epochs):
-        return self.n * epochs
-
-    def row(self, i, shuffle=True):
-        """Tokens, targets, segments of the run's i-th row; (T,) arrays, segments None."""
-        epoch, i = divmod(i, self.n)
-        if shuffle:
-            i = permuted(i, self.n, self.seed * 1_000_003 + epoch)
-        b = int(np.searchsorted(self.ends, i, side="right"))
-        at = (i - (int(self.ends[b - 1]) if b else 0)) * self.T
-        block = self.bins[b][at:at + self.T + 1].astype(np.int64)
-        return block[:-1], block[1:], None
+    def __init__(self, folder, split, cfg):
+        path = folder / f"{split}.bin"
+        self.tokens = np.memmap(path, "<u2", "r") if path.stat().st_size else np.zeros(0, "<u2")
+        self.T, self.seed = cfg.block_size, cfg.seed if split == "train" else 0
 
 
-class ExampleRows:
-    """Instruction data: whole examples packed into rows, loss on their responses alone. An example that is longer
-    than block_size loses its end, as the paper's do. Held in memory: 2 bytes a token, and the plan of all epochs, some
-    50 bytes an example and epoch (45 MB for 88,900 pairs * 5 sequences * 2 epochs)."""
+class TextRows(Rows):
+    """Pretraining text, cut into rows of block_size tokens (and the next one, a target only)."""
 
-    def __init__(self, folders, split, cfg):
-        self.T, self.seed, self.plan, self.epochs = cfg.block_size, cfg.seed, [], 0
-        self.tokens = np.concatenate([np.fromfile(f / f"{split}.bin", dtype="<u2") for f in folders])
-        tables, base = [], 0
-        for f in folders:
-            tables.append(np.load(f / f"{split}.examples.npy") + base)
-            base += os.path.getsize(f / f"{split}.bin") // 2
-        table = np.concatenate(tables)
-        self.begin, self.response = table[:, 0], table[:, 1]
-        self.end = np.append(table[1:, 0], len(self.tokens))
-        # A row of T inputs takes examples of T + 1 tokens in all: an example's last token is a target only.
-        self.length = np.minimum(self.end - self.begin - 1, self.T)
-        self.truncated = int((self.end - self.begin - 1 > self.T).sum())
+    def count(self, epochs=1):
+        return max(0, len(self.tokens) - 1) // self.T * epochs
 
-    def pack(self, epoch):
-        """One epoch's rows, lists of example numbers: shuffled, then each example in turn into the fullest of the open
-        rows that has room, the fullest closed when over 256 are open (so rows stay a random mix)."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.begin))
-        rows, open_rows = [], []  # open_rows: sorted (room, row number)
-        for e in order.tolist():
+    @cache
+    def order(self, epoch):  # 8 bytes a row
+        return np.random.default_rng((self.seed, epoch)).permutation(self.count())
+
+    def __getitem__(self, i):
+        epoch, i = divmod(i, self.count())
+        at = self.order(epoch)[i] * self.T
+        block = self.tokens[at:at + self.T + 1].astype(np.int64)
+        return np.stack((block[:-1], block[1:]))
+
+    def __str__(self):
+        return f"{self.count():,} rows of text"
+
+
+class ExampleRows(Rows):
+    """Instruction data: whole examples packed into rows, loss on their responses alone. An example
+    that is longer than block_size loses its end, as the paper's do; one that loses all of its
+    response is left out. The plan of all epochs is held in memory, some 50 bytes an example and
+    epoch (45 MB for 88,900 pairs * 5 sequences * 2 epochs)."""
+
+    def __init__(self, folder, split, cfg):
+        super().__init__(folder, split, cfg)
+        path = folder / f"{split}.examples.npy"
+        try:
+            begin, response = np.load(path).T  # where each example and its response start
+        except (OSError, ValueError, EOFError) as e:
+            die(f"{path} is not what prepare.py wrote ({e!r:.200}): delete {folder} and prepare it "
+                "again")
+        # A row of T inputs takes T + 1 tokens of an example, for the last is a target only. The
+        # last token of the prompt predicts the first of the response.
+        whole = np.append(begin[1:], len(self.tokens)) - begin - 1
+        length, first = np.minimum(whole, self.T), np.maximum(response - begin - 1, 0)
+        kept = first < length
+        self.begin, self.length, self.first = begin[kept], length[kept], first[kept]
+        self.truncated, self.left_out = (whole[kept] > self.T).sum(), (~kept).sum()
+        self.plan, self.ends = [], []  # rows, as lists of example numbers; where the epochs end
+
+    def plan_epoch(self):
+        """Shuffled, each example in turn goes into the fullest of the open rows that has room; the
+        fullest is closed when over 256 are open (so rows stay a random mix)."""
+        open_rows = []  # sorted (room, row number)
+        rng = np.random.default_rng((self.seed, len(self.ends)))
+        for e in rng.permutation(len(self.begin)).tolist():
             need = int(self.length[e])
-            at = bisect_left(open_rows, (need, -1))
+            at = bisect_left(open_rows, (need,))
             if at < len(open_rows):
                 room, r = open_rows.pop(at)
             else:
-                room, r = self.T, len(rows)
-                rows.append([])
-            rows[r].append(e)
+                room, r = self.T, len(self.plan)
+                self.plan.append([])
+            self.plan[r].append(e)
             insort(open_rows, (room - need, r))
             if len(open_rows) > 256:
                 open_rows.pop(0)
-        return rows
+        self.ends.append(len(self.plan))
 
-    def rows_in(self, epochs):
-        while self.epochs < epochs:
-            self.plan += self.pack(self.epochs)
-            self.epochs += 1
-        return len(self.plan)
+    def count(self, epochs=1):
+        while len(self.ends) < epochs:
+            self.plan_epoch()
+        return self.ends[epochs - 1]
 
-    def row(self, i, shuffle=True):
-        """Tokens, targets (-1 where there is no loss), segments of the run's i-th row; (T,) arrays."""
-        tokens, targets = np.zeros(self.T, np.int64), np.full(self.T, -1)
-        segments, at = np.full(self.T, -1), 0
-        while i >= len(self.plan):
-            self.rows_in(self.epochs + 1)
+    def __getitem__(self, i):
+        while len(self.plan) <= i:
+            self.plan_epoch()
+        row, at = np.zeros((3, self.T), np.int64), 0
+        row[1:] = -1
         for e in self.plan[i]:
-            b, n = self.begin[e], self.length[e]
-            tokens[at:at + n] = self.tokens[b:b + n]
-            first = self.response[e] - b - 1  # the prompt's last token predicts the response's first
-            targets[at + first:at + n] = self.tokens[b + first + 1:b + n + 1]
-            segments[at:at + n] = e
+            b, n, first = self.begin[e], self.length[e], self.first[e]
+            row[0, at:at + n] = self.tokens[b:b + n]
+            row[1, at + first:at + n] = self.tokens[b + first + 1:b + n + 1]
+            row[2, at:at + n] = e
             at += n
-        return tokens, targets, segments
+        return row
+
+    def __str__(self):
+        return (f"{len(self.begin):,} examples in {self.count():,} rows, "
+                f"{self.length.sum() / max(1, self.count() * self.T):.1%} full, {self.truncated:,} "
+                f"truncated, {self.left_out:,} left out (response cut off)")
 
 
-def batch_of(rows, numbers, pin, shuffle=True):
-    """Stack rows into (B, T) tensors in (pinned) memory: [idx, targets, segments or None], and the number of targets."""
-    tensors = [None if c[0] is None else torch.from_numpy(np.stack(c))
-               for c in zip(*(rows.row(i, shuffle) for i in numbers))]
-    return [t.pin_memory() if pin and t is not None else t for t in tensors], int((tensors[1] >= 0).sum())
+def read_batches(rows, numbers, cfg, device):
+    """Yield rows `numbers` as (2 or 3, B, T) tensors on the device, B at most micro_batch, each
+    with the number of its targets."""
+    for at in range(0, len(numbers), cfg.micro_batch):
+        batch = torch.from_numpy(np.stack(
+            [rows[i] for i in numbers[at:at + cfg.micro_batch]], axis=1))
+        targets = int((batch[1] >= 0).sum())
+        batch = batch.pin_memory() if device.type == "cuda" else batch
+        yield batch.to(device, non_blocking=True), targets
 
 
-def fingerprint(paths):
-    """A hash of the sizes of files and of 256 pages spread over each: that data is still the same, in milliseconds."""
+def fingerprint_files(paths):
+    """A hash of the sizes of files and of 256 pages spread over each: that data is still the same,
+    in milliseconds."""
     digest = hashlib.sha256()
     for path in paths:
         size = os.path.getsize(path)
@@ -214,81 +248,127 @@ def fingerprint(paths):
     return digest.hexdigest()[:12]
 
 
-def open_data(cfg):
-    """(training rows, validation rows, meta) of cfg.dataset; one line and out if something is missing."""
-    folders = [DATA / name for name in cfg.dataset.split(",")]
-    for f in folders:
-        if not (f / "meta.json").is_file():
-            die(f"{f}/meta.json is missing: python prepare.py with the same config file writes it")
-    metas = [json.loads((f / "meta.json").read_text()) for f in folders]
-    for f, m in zip(folders, metas):
-        if (m["fingerprint"], m["form"]) != (metas[0]["fingerprint"], metas[0]["form"]):
-            die(f"{f} ({m['form']}, {m['tokenizer']}) and {folders[0]} ({metas[0]['form']}, {metas[0]['tokenizer']}) "
-                "do not go together: a mixture has one tokenizer and one form")
-    kind = TextRows if metas[0]["form"] == "text" else ExampleRows
-    meta = {k: metas[0][k] for k in ("tokenizer", "fingerprint", "vocab_size", "form")}
-    meta["data"] = [[m["train"]["tokens"], m["val"]["tokens"], fingerprint(sorted(f.glob("*.bin")) + sorted(
-        f.glob("*.npy")))] for f, m in zip(folders, metas)]
-    return kind(folders, "train", cfg), kind(folders, "val", cfg), meta
+def read_meta(folder):
+    """What a checkpoint keeps of the data that it was trained on: its tokenizer, form, sizes and
+    hash."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        bins = [folder / "train.bin", folder / "val.bin"]
+        counts = [meta[path.stem]["tokens"] for path in bins]
+        if counts != [path.stat().st_size / 2 for path in bins]:
+            raise ValueError("train.bin and val.bin hold other numbers of tokens")
+        data = [[*counts, fingerprint_files(bins + sorted(folder.glob("*.npy")))]]
+        kept = ("tokenizer", "fingerprint", "vocab_size", "form")
+        return {k: meta[k] for k in kept} | {"data": data}
+    except FileNotFoundError as e:
+        file = next((a for a in sys.argv[1:] if a.endswith(".py")), "--corpora=FOLDER")
+        die(f"{e.filename} is missing: python prepare.py {file} --dataset={folder.name} writes it")
+    except (ValueError, KeyError, TypeError) as e:
+        die(f"{folder}/meta.json is not what prepare.py wrote ({e!r}): delete {folder} and prepare "
+            "it again")
 
 
-# -- The optimizer ----------------------------------------------------------------------------------------------------
+def open_rows(folder, form, cfg):
+    """Training and validation rows; says what they are."""
+    kind = TextRows if form == "text" else ExampleRows
+    train_rows, val_rows = (kind(folder, split, cfg) for split in ("train", "val"))
+    if not train_rows.count():
+        die(f"{folder}: nothing to train on in rows of block_size={cfg.block_size} tokens "
+            f"({train_rows}): change --block_size or prepare more data")
+    say(f"training: {train_rows}; validation: {val_rows}")
+    if not val_rows.count():
+        say(f"{folder}/val.bin holds less than a row: no validation loss, and no best.pt")
+    return train_rows, val_rows
+
+
+# -- The model and the optimizer -------------------------------------------------------------------
+
+def make_model(cfg, meta):
+    """The model to begin with, float32: new, or `pretrained`, in whose tokenizer the data must
+    be."""
+    if not cfg.pretrained:
+        try:
+            vocab_size = 64 * math.ceil(meta["vocab_size"] / 64)
+            return GPT(GPTConfig(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
+                                 cfg.n_hidden))
+        except ValueError as e:
+            die(e)
+    folder, ckpt = Path(cfg.pretrained), Path(cfg.pretrained, "ckpt.pt")
+    try:
+        if ckpt.exists():
+            theirs = read_checkpoint(ckpt)["meta"]["fingerprint"]
+        else:
+            import prepare
+            file = str(folder / "tokenizer.json") if folder.is_dir() else cfg.pretrained
+            theirs = prepare.fingerprint(prepare.get_tokenizer(file))
+        model = GPT.from_pretrained(cfg.pretrained)
+    except (OSError, ValueError) as e:
+        die(f"pretrained={cfg.pretrained}: {e}")
+    if theirs != meta["fingerprint"]:
+        die(f"pretrained={cfg.pretrained} has another tokenizer than data/{cfg.dataset} "
+            f"({meta['tokenizer']}): prepare the data with the model's tokenizer")
+    return model.float()
+
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Keller Jordan, 2024): each matrix moves along the orthogonal matrix nearest to its Nesterov momentum, found
-    by five Newton-Schulz steps. torch.optim.Muon does so in bfloat16, matrix by matrix; this one takes all matrices of
-    a shape in one batched product, in float32 on a CPU, and cuts fused weights into their `pieces` (q, k, v; gate, up).
-    An update is scaled by sqrt(rows / columns) where that is above 1."""
+    """Muon (Keller Jordan, 2024): each matrix moves along the orthogonal matrix nearest to its
+    Nesterov momentum, found by five Newton-Schulz steps. torch.optim.Muon does so in bfloat16; this
+    one in float32 on a CPU, and it cuts fused weights into their `pieces` (q, k, v; gate, up). An
+    update is scaled by sqrt(rows / columns) where that is above 1."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, pieces=1))
+    def __init__(self, params, lr, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, pieces=1))
 
     @torch.no_grad()
     def step(self):
-        shapes = {}  # {(rows, columns): [(piece of a weight, piece of its update, group)]}
         for group in self.param_groups:
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"])
-                for weight, u in zip(p.chunk(group["pieces"]), update.chunk(group["pieces"])):
-                    shapes.setdefault(u.shape, []).append((weight, u, group))
-        for (rows, columns), pieces in shapes.items():
-            for (weight, _, group), u in zip(pieces, orthogonalize(torch.stack([u for _, u, _ in pieces]))):
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(u, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                momentum.lerp_(p.grad, 0.05)
+                update = torch.stack(p.grad.lerp(momentum, 0.95).chunk(group["pieces"]))
+                _, rows, columns = update.shape
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(orthogonalize(update).view_as(p),
+                       alpha=group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def orthogonalize(g):
-    """Newton-Schulz iteration towards (U V^T) of each (n, m) matrix of g (B, n, m), with Muon's quintic."""
+    """Newton-Schulz iteration towards U V^T of each (n, m) matrix of g (B, n, m), with Muon's
+    quintic."""
+    if g.size(1) > g.size(2):  # the smaller product
+        return orthogonalize(g.mT).mT
     x = g.bfloat16() if g.is_cuda else g.float()
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
-    return (x.mT if tall else x).to(g.dtype)
+    return x.to(g.dtype)
 
 
-def make_optimizers(model, cfg, device):
-    """A list of optimizers; in each group `peak` is the learning rate that the schedule scales. All parameters are
+def make_optimizers(model, cfg, saved=()):
+    """AdamW for all weights, or for all but the matrices of the blocks, which Muon takes; with the
+    running averages of the `saved` ones, but the rates that are asked for now. All weights are
     matrices (the norms have none), so weight decay holds for all."""
-    adamw = lambda params: torch.optim.AdamW(
-        [dict(params=params, peak=cfg.learning_rate)], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-        weight_decay=cfg.weight_decay, fused=True)
-    if cfg.optimizer == "adamw":
-        return [adamw(list(model.parameters()))]
-    if cfg.optimizer != "muon":
-        die(f"optimizer={cfg.optimizer!r} is neither 'adamw' nor 'muon'")
-    pieces = {"attn.qkv.weight": 3, "mlp.gate_up.weight": 2}
-    groups = [dict(params=[p for name, p in model.named_parameters() if name != "wte.weight" and pieces.get(
-        name.split(".", 2)[-1], 1) == n], pieces=n, peak=cfg.muon_lr) for n in (1, 2, 3)]
-    return [adamw([model.wte.weight]), Muon(groups, lr=cfg.muon_lr, weight_decay=cfg.weight_decay)]
+    muon, adamw = [], []
+    for name, p in model.named_parameters():
+        if cfg.optimizer == "muon" and name.startswith("blocks."):
+            pieces = 3 if "qkv" in name else 2 if "gate_up" in name else 1
+            muon.append(dict(params=[p], pieces=pieces))
+        else:
+            adamw.append(p)
+    optimizers = [torch.optim.AdamW(adamw, cfg.learning_rate, (cfg.beta1, cfg.beta2),
+                                    weight_decay=cfg.weight_decay, fused=True)]
+    if muon:
+        muon.sort(key=lambda group: group["pieces"])  # as checkpoints number them
+        optimizers.append(Muon(muon, cfg.muon_lr, cfg.weight_decay))
+    for optimizer, was in zip(optimizers, saved):
+        optimizer.load_state_dict(was | {"param_groups": optimizer.state_dict()["param_groups"]})
+    return optimizers
 
 
-def lr_scale(step, max_iters, cfg):
-    """The learning rate at a step as a fraction of its peak: linear warm-up, then cosine or linear down to min_lr."""
+def learning_rate_scale(step, max_iters, cfg):
+    """The learning rate at a step as a fraction of its peak: linear warm-up, then cosine or linear
+    down to min_lr. Another schedule is another function of step / max_iters here."""
     if step < cfg.warmup_iters:
         return (step + 1) / cfg.warmup_iters
     done = (step - cfg.warmup_iters) / max(1, max_iters - cfg.warmup_iters)
@@ -296,11 +376,14 @@ def lr_scale(step, max_iters, cfg):
     return cfg.min_lr + (1 - cfg.min_lr) * left
 
 
-# -- Checkpoints ------------------------------------------------------------------------------------------------------
+# -- Checkpoints -----------------------------------------------------------------------------------
 
-def save(path, checkpoint):
-    """torch.save into a temporary file in the same folder, flush to disk, rename: a crash leaves the old file whole."""
+def save_checkpoint(path, checkpoint):
+    """torch.save into a temporary file in the same folder, flush to disk, rename: a crash leaves
+    the old file whole. Rank 0's alone."""
     tmp = path.with_suffix(".tmp")
+    if RANK:
+        return
     try:
         with open(tmp, "wb") as f:
             torch.save(checkpoint, f)
@@ -308,314 +391,261 @@ def save(path, checkpoint):
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # a full disk
         tmp.unlink(missing_ok=True)
-        die(f"cannot write {path} ({str(e).splitlines()[0]}); the one before it is whole: make room, then the same "
-            "command goes on from there")
+        die(f"cannot write {path} ({e!r:.200}); the one before it is whole: make room, then the "
+            "same command goes on from there")
     os.replace(tmp, path)
 
 
-def load_checkpoint(path):
+def read_checkpoint(path):
+    """What save_checkpoint wrote, on the CPU."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        die(f"{path} cannot be read ({str(e).splitlines()[0]}); delete it to start anew, or put best.pt in its place")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["meta"]["fingerprint"]  # of train.py's own
+        return checkpoint
+    except Exception as e:  # whatever the bytes of a torn or another file bring up
+        best = path.with_name("best.pt")
+        mend = f"put {best} in its place, or " if best.exists() else ""
+        die(f"{path} cannot be read ({e!r:.200}); {mend}delete it to start anew")
+
+
+def check_same_run(path, checkpoint, run):
+    """Refuse a checkpoint that this run cannot go on from."""
+    for what, key in (("model", "config"), ("data", "meta"), ("run", "order")):
+        was, now = checkpoint[key], run[key]
+        changed = [f"{k} was {was.get(k)!r}, is {v!r}" for k, v in now.items() if was.get(k) != v]
+        if changed:
+            die(f"{path} is of another {what}: {'; '.join(changed)}; set it back or choose another "
+                "--out_dir")
+
+
+def describe_changes(checkpoint, cfg):
+    """What is otherwise than when the checkpoint was saved, for the line that says the run goes
+    on."""
+    was = checkpoint.get("settings", {})
+    changed = [f"{k}: {was[k]} -> {v}" for k, v in vars(cfg).items()
+               if was.get(k, v) != v and k != "paths"]
+    if "optimizers" not in checkpoint:
+        changed.append("the optimizer starts anew: this is a best.pt, which holds none")
+    return ", ".join(changed) or "nothing changed"
+
+
+# -- What main looks at now and then ---------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, rows, cfg, device, autocast):
+    """Mean loss over the targets of eval_rows rows, the same each time; each rank takes its
+    share."""
+    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of targets
+    mine = range(rows.count())[:cfg.eval_rows or None][RANK::WORLD]
+    for batch, targets in read_batches(rows, mine, cfg, device):
+        with autocast:
+            total += torch.tensor([model(*batch)[1].item() * targets, targets])
+    sum_over_ranks(total)
+    return (total[0] / total[1]).item()
+
+
+def check_finite(value, what, ckpt):
+    """End the run where it is not; all ranks find it alike."""
+    if not math.isfinite(value):
+        there = f"goes on from {ckpt}, the last good state" if ckpt.exists() else "starts anew"
+        die(f"{what} is not finite ({value}): lower --learning_rate (with Muon --muon_lr too); the "
+            f"same command {there}")
+
+
+def open_log(path, step):
+    """The log without its lines past `step`, and half of one: those steps are done again."""
+    rows = config.read_rows(path) if path.exists() else ()
+    kept = [row for _, row in rows if isinstance(row, dict) and row.get("step", 0) <= step]
+    config.write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return open(path, "a", buffering=1)
+
+
+def start_wandb(cfg):
+    try:
+        import wandb
+    except ImportError:
+        die("--wandb needs: pip install wandb")
+    return wandb.init(project=cfg.wandb, config=vars(cfg))
 
 
 # GPUs' dense bf16 peaks in TFLOP/s (makers' data sheets), for MFU
-PEAKS = {"H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121, "A10": 125,
-         "4090": 165, "3090": 71, "5090": 210}
+PEAKS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "4090": 165}
 
 
-def all_sum(x):
-    """The sum of a tensor over all ranks, in place. On the CPU it goes through gloo, and no rank waits for its GPU."""
-    if WORLD > 1:
-        dist.all_reduce(x)
-    return x
-
+# -- The run ---------------------------------------------------------------------------------------
 
 def main():
     cfg = config.load(Settings)
     if cfg.plot:
-        return plot(cfg.paths)
+        return plot_logs(cfg.paths or (f"{cfg.out_dir}/log.jsonl",))
     if cfg.paths:
         die(f"{cfg.paths[0]}: a config file lives in a folder named config/; logs go with --plot")
-    for key in ("block_size", "batch_size", "micro_batch", "eval_interval", "log_interval"):
-        if getattr(cfg, key) < 1:
-            die(f"{key}={getattr(cfg, key)} must be at least 1")
-
-    # where we are: one process, or one of torchrun's
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else (
-        "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda" and local >= torch.cuda.device_count():
-        die(f"device=cuda: this machine has {torch.cuda.device_count()} GPUs, the process wants number {local + 1}")
-    device = torch.device(f"cuda:{local}" if name == "cuda" else name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif device.type == "cpu":
-        keep_memory()
-    if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo", timeout=timedelta(minutes=10))
-    say = (lambda line: print(line, flush=True)) if RANK == 0 else lambda line: None
+    if cfg.batch_size % WORLD:
+        die(f"batch_size={cfg.batch_size} is not a multiple of the {WORLD} ranks")
+    device = join_ranks(cfg)
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    if dtype not in ("bfloat16", "float32"):
-        die(f"dtype={dtype!r} is neither 'bfloat16' nor 'float32'")
-    autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32 on a GPU
     torch.manual_seed(cfg.seed)
 
-    # batch_size rows a step = ranks * accumulation * micro_batch (the last micro-batch may be smaller)
-    if cfg.batch_size % WORLD:
-        die(f"batch_size={cfg.batch_size} is not a multiple of the {WORLD} ranks")
-    per_rank = cfg.batch_size // WORLD
-    micro = min(cfg.micro_batch, per_rank)
-
-    if RANK:  # rank 0 goes first: what it refuses is said once, and ends the others here
-        all_sum(torch.zeros(1))
-    out = Path(cfg.out_dir)
+    # data, model and optimizer: new, from pretrained weights, or from this run's own checkpoint
+    out, ckpt = Path(cfg.out_dir), Path(cfg.out_dir, "ckpt.pt")
     out.mkdir(parents=True, exist_ok=True)
-    if RANK == 0:
-        lock = open(out / "lock", "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            die(f"another run is writing to {out}; wait for it or choose another --out_dir")
-
-    # data and model: from a checkpoint of this run, from pretrained weights, or new
-    checkpoint = load_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
-    start = load_checkpoint(Path(cfg.pretrained) / "ckpt.pt")["meta"] if cfg.pretrained and (
-        Path(cfg.pretrained) / "ckpt.pt").exists() else None
-    if cfg.pretrained:
-        try:
-            model = GPT.from_pretrained(cfg.pretrained).float()
-        except (OSError, ValueError) as e:
-            die(f"pretrained={cfg.pretrained}: {e}")
-        cfg.block_size = min(cfg.block_size, model.config.block_size)
-    train_rows, val_rows, meta = open_data(cfg)
-    if start and start["fingerprint"] != meta["fingerprint"]:
-        die(f"{cfg.pretrained} was trained with {start['tokenizer']}, data/{cfg.dataset} is in {meta['tokenizer']}: "
-            "prepare the data with the model's tokenizer")
-    if not cfg.pretrained:
-        try:
-            model = GPT(GPTConfig(cfg.block_size, 64 * math.ceil(meta["vocab_size"] / 64), cfg.n_layer, cfg.n_head,
-                                  cfg.n_embd, cfg.n_hidden))
-        except ValueError as e:
-            die(e)
-    tokens_a_step = cfg.batch_size * cfg.block_size
-    max_iters = cfg.max_iters or math.ceil(train_rows.rows_in(cfg.epochs) / cfg.batch_size)
-    shape = asdict(model.config)
-    order = {k: getattr(cfg, k) for k in ("batch_size", "block_size", "seed", "optimizer", "dataset")}
+    lock = config.lock_file(out / "lock") if RANK == 0 else None  # held to the end
+    meta = read_meta(DATA / cfg.dataset)
+    model = make_model(cfg, meta)
+    cfg.block_size = min(cfg.block_size, model.config.block_size)
+    train_rows, val_rows = open_rows(DATA / cfg.dataset, meta["form"], cfg)
+    max_iters = cfg.max_iters or math.ceil(train_rows.count(cfg.epochs) / cfg.batch_size)
+    run = {"config": asdict(model.config), "meta": meta, "order": {k: getattr(cfg, k) for k in (
+        "batch_size", "block_size", "seed", "optimizer", "dataset")}}  # what must stay as it was
     step, best, evaluated = 0, math.inf, -1
+    checkpoint = read_checkpoint(ckpt) if ckpt.exists() else {}
     if checkpoint:
-        for what, was, now in (("model", checkpoint["config"], shape), ("data", checkpoint["meta"], meta),
-                               ("run", checkpoint["order"], order)):
-            changed = [f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in now if was.get(k) != now.get(k)]
-            if changed:
-                die(f"{out}/ckpt.pt is of another {what}: {'; '.join(changed)}; set it back or choose another --out_dir")
+        check_same_run(ckpt, checkpoint, run)
         model.load_state_dict(checkpoint["model"])
         step, best, evaluated = (checkpoint[k] for k in ("step", "best", "evaluated"))
         if step > max_iters or step == max_iters == evaluated:
-            say(f"{out} is finished ({step:,} steps); delete it to train anew, or raise --max_iters")
-        else:
-            say(f"going on from {out}/ckpt.pt at step {step:,}")
-    model = model.to(device)
-    optimizers = make_optimizers(model, cfg, device)
-    if checkpoint:
-        for o, state in zip(optimizers, checkpoint["optimizers"]):
-            o.load_state_dict(state)
-    del checkpoint, start
-    if RANK == 0:
-        all_sum(torch.zeros(1))
-    if step > max_iters or step == max_iters == evaluated:
-        return
-    raw = model
-    if cfg.compile == "yes" or cfg.compile == "auto" and device.type == "cuda":
-        model = torch.compile(model)
-    if WORLD > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[local] if device.type == "cuda" else None,
-                                                          gradient_as_bucket_view=True)
-    peak = next((v for k, v in PEAKS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), 0) * 1e12
-    flops = raw.flops_per_token(cfg.block_size)
-    say(f"{raw.num_params() / 1e6:.2f}M parameters, {cfg.block_size} tokens a row, {tokens_a_step:,} a step "
-        f"({WORLD} x {math.ceil(per_rank / micro)} x {micro} rows), {max_iters:,} steps, {device}, {dtype}")
-    if isinstance(train_rows, ExampleRows):
-        n = train_rows.rows_in(1) / train_rows.epochs
-        say(f"{len(train_rows.begin):,} examples, {len(train_rows.begin) / n:.1f} to a row, rows "
-            f"{train_rows.length.sum() / (n * cfg.block_size):.1%} full, {train_rows.truncated:,} examples truncated")
+            return say(f"{out} is finished ({step:,} steps): raise --max_iters, or delete it and "
+                       "begin anew")
+        say(f"going on from {ckpt} at step {step:,} ({describe_changes(checkpoint, cfg)})")
+    model.to(device)
+    optimizers = make_optimizers(model, cfg, checkpoint.pop("optimizers", ()))
 
+    compiled = cfg.compile == "yes" or cfg.compile == "auto" and device.type == "cuda"
+    forward = torch.compile(model) if compiled else model
+    # batch_size rows a step = ranks * accumulated passes * rows a pass (the last may have fewer)
+    rows = min(cfg.micro_batch, cfg.batch_size // WORLD)
+    passes, step_tokens = math.ceil(cfg.batch_size / WORLD / rows), cfg.batch_size * cfg.block_size
+    say(f"{model.num_params() / 1e6:.2f}M parameters, {cfg.block_size} tokens a row, "
+        f"{step_tokens:,} a step ({WORLD} x {passes} x {rows} rows), {max_iters:,} steps, "
+        f"{device}, {dtype}")
+    if cfg.warmup_iters >= max_iters:
+        say(f"warmup_iters={cfg.warmup_iters:,}: the learning rate rises until the run ends")
+    log = open_log(out / "log.jsonl", step or -1) if RANK == 0 else None
+    tracker = start_wandb(cfg) if cfg.wandb and RANK == 0 else None
     stop = []  # the signal that asks us to end: save first
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda n, frame: stop.append(n))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stop.append(number))
 
-    log = None
-    if RANK == 0:  # lines past the checkpoint, and half of one, are of steps that are done again
-        lines = (out / "log.jsonl").read_text().splitlines(True) if step and (out / "log.jsonl").exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        (out / "log.tmp").write_text("".join(kept))
-        os.replace(out / "log.tmp", out / "log.jsonl")
-        log = open(out / "log.jsonl", "a", buffering=1)
-        if cfg.wandb:
-            try:
-                import wandb
-            except ImportError:
-                die("--wandb needs: pip install wandb")
-            wandb.init(project=cfg.wandb, name=out.name, config=vars(cfg), resume="allow")
-
-    def record(**line):
-        if RANK == 0:
+    def record(**values):
+        line = {"step": step, "tokens": step * step_tokens, **values}
+        if log:
             log.write(json.dumps(line) + "\n")
-            if cfg.wandb:
-                wandb.log(line, step=line["step"])
+        if tracker:
+            tracker.log(line, step=step)
 
-    def to_device(tensors):
-        return [None if t is None else t.to(device, non_blocking=True) for t in tensors]
+    def save():
+        state = run | {"model": model.state_dict(), "step": step, "best": best,
+                       "evaluated": evaluated, "settings": vars(cfg)}
+        if evaluated == step and val == best:  # first: killed in between, a run saves both again
+            save_checkpoint(out / "best.pt", state)
+        save_checkpoint(ckpt, state | {"optimizers": [o.state_dict() for o in optimizers]})
 
-    # validation rows: the same at each evaluation, spread over all of val.bin, each rank taking its share
-    val_n = val_rows.rows_in(1)
-    picked = [i * val_n // min(val_n, cfg.eval_rows or val_n) for i in range(min(val_n, cfg.eval_rows or val_n))][RANK::WORLD]
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    peak = 1e12 * next((peak for name, peak in PEAKS.items() if name in gpu), math.inf)
 
-    @torch.no_grad()
-    def evaluate():
-        """Mean loss over the targets of the picked rows."""
-        total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of targets
-        for at in range(0, len(picked), micro):
-            tensors, n = batch_of(val_rows, picked[at:at + micro], device.type == "cuda", shuffle=False)
-            with autocast:
-                total += torch.tensor([raw(*to_device(tensors))[1].item() * n, n], dtype=torch.float64)
-        all_sum(total)
-        return (total[0] / total[1].clamp(min=1)).item()
-
-    def save_last():
-        state = {"config": shape, "model": raw.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                 "step": step, "best": best, "evaluated": evaluated, "meta": meta, "order": order, "settings": {
-                     k: list(v) if isinstance(v, tuple) else v for k, v in vars(cfg).items()}}
-        if RANK == 0 and evaluated == step and val == best:  # first: killed between the two, a run saves both again
-            save(out / "best.pt", {k: v for k, v in state.items() if k != "optimizers"})
-        if RANK == 0:
-            save(out / "ckpt.pt", state)
-
-    val = math.nan  # the last evaluation of this process
-    norms = []  # of the gradients of the steps since we last looked; the same on all ranks
-
-    def look():
-        """Wait for the device, and end the run at the first step whose gradient was not finite, before it is saved."""
-        for at, norm in enumerate(torch.stack(norms).tolist() if norms else (), step - len(norms)):
-            if not math.isfinite(norm):
-                if RANK == 0:
-                    die(f"loss or gradient not finite (norm {norm}) at step {at + 1:,}, rows {at * cfg.batch_size:,} to "
-                        f"{(at + 1) * cfg.batch_size - 1:,} of the order; {out}/ckpt.pt is the last good state: lower the "
-                        "learning rate or look at those rows")
-                raise SystemExit(1)
-        norms.clear()
-
-    def read(step):
-        """This rank's share of a step: rows step * batch_size + rank, + world, ... of the run's order."""
+    def read_step(step):
+        """This rank's share: rows step * batch_size + rank, + ranks, ... of the run's order."""
         numbers = range(step * cfg.batch_size + RANK, (step + 1) * cfg.batch_size, WORLD)
-        return [batch_of(train_rows, numbers[at:at + micro], device.type == "cuda") for at in range(0, per_rank, micro)]
+        return list(read_batches(train_rows, numbers, cfg, device))
 
-    reader = ThreadPoolExecutor(1)
-    coming = reader.submit(read, step)
-    begun = tick = time.time()
-    ticked = first = step
+    batches, val = read_step(step), math.nan
     while True:
         if evaluated != step and (step % cfg.eval_interval == 0 or step == max_iters):
-            look()
-            val = evaluate()
-            if not math.isfinite(val):
-                die(f"validation loss {val} at step {step}; {out}/ckpt.pt is the last good state: lower the learning rate")
-            say(f"step {step:,}: validation loss {val:.4f}")
-            record(step=step, tokens=step * tokens_a_step, val_loss=val)
-            best, evaluated = min(best, val), step
+            if val_rows.count():
+                val = evaluate(model, val_rows, cfg, device, autocast)
+                check_finite(val, f"validation loss at step {step:,}", ckpt)
+                say(f"step {step:,}: validation loss {val:.4f}")
+                record(val_loss=val)
+                best = min(best, val)
+            evaluated = step
             if step:
-                save_last()
-            tick, ticked = time.time(), step
+                save()
         if step == max_iters:
             break
 
-        batches = coming.result()
-        if step + 1 < max_iters:
-            coming = reader.submit(read, step + 1)  # it is read while this one trains
-        # over all ranks: the targets of this step, and who was asked to stop (one rank's signal is everyone's)
-        count, asked = all_sum(torch.tensor([sum(n for _, n in batches), len(stop)])).tolist()
+        begun = time.time()
+        # over all ranks: the targets of this step, and who was asked to stop, which ends them all
+        counts = torch.tensor([sum(n for _, n in batches), len(stop)])
+        targets, asked = sum_over_ranks(counts).tolist()
         if asked:
-            look()
-            save_last()
-            all_sum(torch.zeros(1))  # a rank that has ended would have the others killed before they have saved
-            say(f"asked to stop: saved {out}/ckpt.pt at step {step:,}; the same command goes on from there")
-            if WORLD > 1:
-                dist.destroy_process_group()
-            raise SystemExit(128 + stop[0] if stop else 0)
+            save()
+            sum_over_ranks(torch.zeros(1))  # a rank that ended before would have the others killed
+            say(f"asked to stop: saved {ckpt} at step {step:,}; the same command goes on from it")
+            break
 
-        scale = lr_scale(step, max_iters, cfg)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = group["peak"] * scale
+        scale = learning_rate_scale(step, max_iters, cfg)
+        rates = {"lr": cfg.learning_rate * scale}
+        if cfg.optimizer == "muon":
+            rates["muon_lr"] = cfg.muon_lr * scale
+        for optimizer, rate in zip(optimizers, rates.values()):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         total = torch.zeros((), device=device)
-        for i, (tensors, n) in enumerate(batches):
-            last = i == len(batches) - 1
-            with nullcontext() if last or WORLD == 1 else model.no_sync():  # gradients travel once a step
-                with autocast:
-                    loss = model(*to_device(tensors))[1]
-                # The mean is over all targets of the step, on whichever rank and micro-batch they lie; DDP averages over
-                # ranks, `WORLD` makes it their sum.
-                (loss * (n * WORLD / max(1, count))).backward()
-            total += loss.detach() * (n / max(1, count))
-        norms.append(torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf))
-        for o in optimizers:
-            o.step()
-            o.zero_grad(set_to_none=True)
+        for batch, n in batches:
+            with autocast:
+                loss = forward(*batch)[1]
+            # a mean over all targets of the step, on whichever rank and in whichever pass they are
+            (loss * (n / targets)).backward()
+            total += loss.detach() * (n / targets)
+        for p in model.parameters():
+            sum_over_ranks(p.grad)
+        if step + 1 < max_iters:
+            batches = read_step(step + 1)  # while the device works
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        check_finite(norm, f"the gradient at step {step + 1:,}, rows {step * cfg.batch_size:,} to "
+                     f"{(step + 1) * cfg.batch_size - 1:,} of the order,", ckpt)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
 
         if step % cfg.log_interval == 0 or step in (1, max_iters):
-            loss, norm = all_sum(total).item(), norms[-1].item()
-            look()
-            now = time.time()
-            speed = (step - ticked) * tokens_a_step / (now - tick)
-            mfu = speed * flops / (peak * WORLD) if peak else None
-            left = timedelta(seconds=round((max_iters - step) * tokens_a_step / speed))
-            say(f"step {step:>6,}/{max_iters:,} | loss {loss:.4f} | lr {cfg.learning_rate * scale:.1e} | norm {norm:.2f} | "
-                f"{speed:,.0f} tok/s | " + (f"MFU {mfu:.1%} | " if mfu else "") + f"{left} left")
-            record(step=step, tokens=step * tokens_a_step, loss=loss, lr=cfg.learning_rate * scale, norm=norm,
-                   tokens_per_second=speed, mfu=mfu)
-            tick, ticked = now, step
+            loss = sum_over_ranks(total).item()
+            speed = step_tokens / (time.time() - begun)
+            mfu = speed * model.flops_per_token(cfg.block_size) / (WORLD * peak)
+            left = timedelta(seconds=round((max_iters - step) * step_tokens / speed))
+            say(f"step {step:>6,}/{max_iters:,} | loss {loss:.4f} | lr {rates['lr']:.1e} | norm "
+                f"{norm:.2f} | {speed:,.0f} tok/s | " + f"MFU {mfu:.1%} | " * (mfu > 0)
+                + f"{left} left")
+            record(loss=loss, **rates, norm=norm, tokens_per_second=speed, mfu=mfu or None)
 
-    say(f"train.py: {step - first:,} steps, {(step - first) * tokens_a_step / 1e6:.2f}M tokens in "
-        f"{time.time() - begun:.1f} s; best validation loss {best:.4f}; {out}/ckpt.pt")
     if WORLD > 1:
         dist.destroy_process_group()
+    raise SystemExit(128 + stop[0] if stop else 0)
 
 
-def plot(paths):
+def plot_logs(paths):
     """Draw training and validation loss over tokens of each log.jsonl into plot.png."""
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError:
         die("--plot needs: pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    if not paths:
-        die("--plot needs the logs to draw, as in: python train.py --plot out/log.jsonl")
-    figure, axis = plt.subplots(figsize=(8, 5))
     for path in paths:
-        try:
-            lines = [json.loads(line) for line in open(path)]
-        except (OSError, ValueError) as e:
-            die(f"{path}: {e}")
-        points = lambda key: ([x["tokens"] for x in lines if key in x], [x[key] for x in lines if key in x])
-        curve, = axis.plot(*points("loss"), alpha=0.4)
-        axis.plot(*points("val_loss"), marker="o", color=curve.get_color(), label=Path(path).parent.name or path)
-    axis.set(xlabel="tokens", ylabel="loss (line: training, dots: validation)")
-    axis.legend()
-    figure.savefig("plot.png", dpi=120, bbox_inches="tight")
+        lines = [x for _, x in config.read_rows(path) if isinstance(x, dict) and "tokens" in x]
+        if not lines:
+            die(f"{path} is not the log.jsonl of a run")
+        for key in ("loss", "val_loss"):
+            at = [x for x in lines if key in x]
+            plt.plot([x["tokens"] for x in at], [x[key] for x in at], label=f"{path}: {key}")
+    plt.xlabel("tokens")
+    plt.legend()
+    plt.savefig("plot.png")
     print("plot.png")
 
 
+FAULTS = {  # what a RuntimeError says of what a user can mend: how
+    "out of memory|allocate memory": "out of memory: halve --micro_batch (it changes no result)",
+    "No working C": "torch.compile wants a C++ compiler (g++): install one, or --compile=no",
+    "by peer|Broken pipe|imed out": "another rank has ended or does not answer; the last save "
+                                    "is whole, the same command goes on from there"}
+
 if __name__ == "__main__":
     try:
-        main()
-    except torch.OutOfMemoryError:
-        die("out of GPU memory: halve --micro_batch (it changes no result)")
-    except OSError as e:  # a full disk
-        die(f"{e}; the last checkpoint is whole")
+        config.run(main)
     except RuntimeError as e:
-        if WORLD == 1 or not any(what in str(e) for what in ("closed by peer", "reset by peer", "Broken pipe", "imed out")):
-            raise
-        die("another rank has ended or does not answer; the last checkpoint is whole, the same command goes on from there")
+        for pattern, line in FAULTS.items():
+            if re.search(pattern, str(e)):
+                die(line)
+        raise

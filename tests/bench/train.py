@@ -1,15 +1,16 @@
-"""Training throughput of model.py against transformers' OLMo: same shape, batch and precision, in one run.
+"""Training throughput of model.py against transformers' OLMo: same shape, batch and precision.
 
     python tests/bench/train.py                          # a CPU: 150M and the demo's size, float32
     python tests/bench/train.py --dtype=bfloat16         # the same on a CPU with AVX512-BF16 or AMX
     python tests/bench/train.py --shapes=150m,400m       # a GPU: bf16, every variant, 50 steps each
 
-A step is what a run does: forward, backward, clipping, AdamW. The peer is at its best: SDPA, fused AdamW, and
-torch.compile (on a CPU, if it has g++), the better of with and without. On a CPU each has a process of its own and they
-take turns, step by step, so that whatever else the machine does hits all of them; ours keeps freed memory as train.py
-does (`keep_memory`), and a row apart shows the peer with the same. On a GPU it also measures ours without compile,
-without the fused loss and with each attention backend. A large matmul is the floor, and a profile says where the time
-goes by kinds of kernels. Prints a table; --out=tests/bench/results/train-<device>.json keeps it.
+A step is what a run does: forward, backward, clipping, AdamW. The peer is at its best: SDPA, fused
+AdamW, and torch.compile (on a CPU, if it has g++), the better of with and without. On a CPU each
+has a process of its own and they take turns, step by step, so that whatever else the machine does
+hits all of them; ours keeps freed memory as train.py does (`keep_freed_memory`), and rows apart
+show ours without it and the peer with it. On a GPU it also measures ours without compile, without
+the fused loss and with each attention backend. A large matmul is the floor, and a profile says
+where the time goes by kinds of kernels. Prints a table, which --out=FILE keeps (under results/).
 """
 import argparse
 import json
@@ -30,9 +31,10 @@ from common import ROOT, machine, timed_step
 
 sys.path.insert(0, str(ROOT))
 from model import GPT, GPTConfig  # noqa: E402
-from train import keep_memory  # noqa: E402
+from train import keep_freed_memory  # noqa: E402
 
-SHAPES = {  # layers, heads, width, vocabulary, batch, length (batch and length on a CPU; a GPU takes --batch x 1024)
+# layers, heads, width, vocabulary, batch, length (the last two on a CPU; else --batch x 1024)
+SHAPES = {
     "150m": (12, 12, 768, 50304, 4, 512),
     "400m": (24, 16, 1024, 50304, 2, 512),
     "demo": (4, 4, 128, 1024, 16, 256),
@@ -51,8 +53,9 @@ def theirs(shape, device):
     from transformers import OlmoConfig, OlmoForCausalLM
     layers, heads, width, vocab, _, length = shape
     model = OlmoForCausalLM(OlmoConfig(
-        vocab_size=vocab, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
-        max_position_embeddings=max(length, 256), tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa"))
+        vocab_size=vocab, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, max_position_embeddings=max(length, 256),
+        tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa"))
     # shifted outside, by the same targets as ours, so that both predict as many tokens
     return model.to(device), lambda m, x, y: m(input_ids=x, labels=y, shift_labels=y).loss
 
@@ -61,25 +64,29 @@ class Runner:
     def __init__(self, made, shape, device, dtype, compiled=False, backend=None):
         (self.model, self.loss), self.device, self.dtype, self.times = made, device, dtype, []
         self.call = torch.compile(self.model) if compiled else self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95),
+                                           weight_decay=0.1, fused=True)
         x = torch.randint(shape[3], (shape[4], shape[5] + 1), device=device)
         self.batch = x[:, :-1].contiguous(), x[:, 1:].contiguous()
         self.backend = backend
 
     def step(self):
         kernel = torch.nn.attention.sdpa_kernel(self.backend) if self.backend else nullcontext()
-        self.times.append(timed_step(lambda: self.loss(self.call, *self.batch), self.model, self.optimizer, self.device,
-                                     self.dtype, kernel))
+        self.times.append(timed_step(lambda: self.loss(self.call, *self.batch), self.model,
+                                     self.optimizer, self.device, self.dtype, kernel))
 
 
 def on_cpu(pipe, what, shape, dtype):
-    """A process that makes a step whenever it is asked to and says how long it took; at the end, what it spent it on."""
-    kept = what.startswith("ours") or "memory" in what
+    """A process that makes a step whenever it is asked to and says how long it took; at the end,
+    what it spent it on."""
+    # ours has it unless its name says "plain memory", the peer where its name says "our memory"
+    kept = what.startswith("ours") != ("memory" in what)
     os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(kept))
     if kept:
-        keep_memory()
+        keep_freed_memory()
     device = torch.device("cpu")
-    runner = Runner((ours if what.startswith("ours") else theirs)(shape, device), shape, device, dtype, "compiled" in what)
+    made = (ours if what.startswith("ours") else theirs)(shape, device)
+    runner = Runner(made, shape, device, dtype, "compiled" in what)
     while pipe.recv():
         runner.step()
         pipe.send(runner.times[-1])
@@ -87,10 +94,10 @@ def on_cpu(pipe, what, shape, dtype):
 
 
 def turns(shape, steps, dtype):
-    """{what: seconds a step}, the median after three steps of warm-up, and {what: its kernels}. Three at once: each takes
-    some 5 GB at 150M."""
+    """{what: seconds a step}, the median after three steps of warm-up, and {what: its kernels}. At
+    most four at once: each takes some 5 GB at 150M."""
     spawn, seconds, shares = multiprocessing.get_context("spawn"), {}, {}
-    groups = [["ours", "transformers", "transformers, our memory"]]
+    groups = [["ours", "ours, plain memory", "transformers", "transformers, our memory"]]
     groups += [["ours, compiled", "transformers, compiled"]] * bool(shutil.which("g++"))
     for names in groups:
         pipes, times = {}, {name: [] for name in names}
@@ -107,9 +114,11 @@ def turns(shape, steps, dtype):
     return seconds, shares
 
 
-KINDS = {"attention": ("attention", "flash", "fmha", "sdpa"), "matrix products": ("gemm", "mm", "cutlass", "nvjet", "xmma", "cublas"),
-         "optimizer and clipping": ("adam", "multi_tensor", "lpnorm", "linalg_vector_norm", "foreach"),
-         "compiled passes": ("triton",), "copies and zeros": ("copy", "memcpy", "memset", "cat", "fill", "zero")}
+KINDS = {"attention": ("attention", "flash", "fmha", "sdpa"),
+         "matrix products": ("gemm", "mm", "cutlass", "nvjet", "xmma", "cublas"),
+         "optimizer and clipping": ("adam", "multi_tensor", "lpnorm", "vector_norm", "foreach"),
+         "compiled passes": ("triton",),
+         "copies and zeros": ("copy", "memcpy", "memset", "cat", "fill", "zero")}
 
 
 def kernels(runner):
@@ -121,7 +130,8 @@ def kernels(runner):
     times = Counter()
     for e in profile.key_averages():
         if (e.device_type == torch.autograd.DeviceType.CUDA) == cuda:
-            kind = next((k for k, words in KINDS.items() if any(w in e.key.lower() for w in words)), "other")
+            kind = next((k for k, words in KINDS.items()
+                         if any(w in e.key.lower() for w in words)), "other")
             times[kind] += e.self_device_time_total if cuda else e.self_cpu_time_total
     return {kind: round(t / times.total(), 3) for kind, t in times.most_common()}
 
@@ -130,9 +140,10 @@ def on_gpu(shape, device, dtype):
     """{what: a function that makes its Runner}."""
     from torch.nn.attention import SDPBackend
     runner = lambda made, *how: lambda: Runner(made(), shape, device, dtype, *how)
-    mine, peer, plain = lambda: ours(shape, device), lambda: theirs(shape, device), lambda: ours(shape, device, False)
-    return {"ours": runner(mine), "transformers": runner(peer), "transformers, compiled": runner(peer, True),
-            "ours, compiled": runner(mine, True), "ours, plain loss": runner(plain, True),
+    mine, peer = lambda: ours(shape, device), lambda: theirs(shape, device)
+    return {"ours": runner(mine), "transformers": runner(peer),
+            "transformers, compiled": runner(peer, True), "ours, compiled": runner(mine, True),
+            "ours, plain loss": runner(lambda: ours(shape, device, False), True),
             "ours, flash": runner(mine, True, SDPBackend.FLASH_ATTENTION),
             "ours, cudnn": runner(mine, True, SDPBackend.CUDNN_ATTENTION)}
 
@@ -149,12 +160,36 @@ def floor(device, dtype):
     return 2 * n ** 3 / best / 1e12
 
 
+def measure_on_gpu(name, shape, steps, device, dtype):
+    """As turns(), and {what: GiB}; one after another, each with the memory for itself."""
+    seconds, shares, memory = {}, {}, {}
+    for what, make in on_gpu(shape, device, dtype).items():
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            runner = make()
+            for _ in range(steps + 10):
+                runner.step()
+            seconds[what] = statistics.median(runner.times[10:])
+            memory[what] = torch.cuda.max_memory_allocated() / 2 ** 30
+            if what in ("ours, compiled", "transformers, compiled"):
+                shares[what] = kernels(runner)
+        except Exception as e:  # out of memory, or a backend that this device lacks
+            print(f"{name:5} {shape[4]:3} x {shape[5]}  {what:24} {type(e).__name__}: "
+                  f"{str(e).splitlines()[0][:80]}")
+        runner = None
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+    return seconds, shares, memory
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", default="")
-    parser.add_argument("--steps", type=int, default=0, help="timed steps of each; 0: 50 on a GPU, 4 on a CPU (20: demo)")
-    parser.add_argument("--batch", default="16,32,64", help="rows of 1,024 tokens on a GPU, each tried")
-    parser.add_argument("--dtype", default="", help="float32 or bfloat16 (autocast); a GPU takes bfloat16, a CPU float32")
+    parser.add_argument("--steps", type=int, default=0,
+                        help="timed steps of each; 0: 50 on a GPU, 4 on a CPU (20: demo)")
+    parser.add_argument("--batch", default="16,32,64", help="rows of 1,024 on a GPU, each tried")
+    parser.add_argument("--dtype", default="",
+                        help="float32 or bfloat16 (autocast); a GPU takes bfloat16, a CPU float32")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -163,43 +198,38 @@ def main():
     torch.set_float32_matmul_precision("high")
     peak = floor(device, dtype)
     result = machine(dtype) | {"matmul TFLOP/s": round(peak, 3)}
-    print(f"{result['device']}, torch {torch.__version__}, {dtype}, a large matmul: {peak:.2f} TFLOP/s")
-    for shape_name in (args.shapes or ("150m" if cuda else "demo,150m")).split(","):
-        base = SHAPES[shape_name]
+    print(f"{result['device']}, torch {torch.__version__}, {dtype}, a large matmul: {peak:.2f} "
+          "TFLOP/s")
+    for name in (args.shapes or ("150m" if cuda else "demo,150m")).split(","):
+        base = SHAPES[name]
         for batch in map(int, args.batch.split(",")) if cuda else [base[4]]:
             shape = (*base[:4], batch, 1024 if cuda else base[5])
-            steps = args.steps or (50 if cuda else 20 if shape_name == "demo" else 4)
-            # on a CPU all are held and take turns; on a GPU one after another, each with the memory for itself
-            (seconds, shares), memory = ({}, {}) if cuda else turns(shape, steps, dtype), {}
-            for k, make in on_gpu(shape, device, dtype).items() if cuda else ():
-                try:
-                    torch.cuda.reset_peak_memory_stats()
-                    runner = make()
-                    for _ in range(steps + 10):
-                        runner.step()
-                    seconds[k], memory[k] = statistics.median(runner.times[10:]), torch.cuda.max_memory_allocated() / 2 ** 30
-                    if k in ("ours, compiled", "transformers, compiled"):
-                        shares[k] = kernels(runner)
-                except Exception as e:  # out of memory, or a backend that this device lacks
-                    print(f"{shape_name:5} {batch:3} x {shape[5]}  {k:24} {type(e).__name__}: {str(e).splitlines()[0][:80]}")
-                runner = None
-                torch.compiler.reset()
-                torch.cuda.empty_cache()
+            steps = args.steps or (50 if cuda else 20 if name == "demo" else 4)
+            if cuda:
+                seconds, shares, memory = measure_on_gpu(name, shape, steps, device, dtype)
+            else:
+                (seconds, shares), memory = turns(shape, steps, dtype), {}
             tokens = shape[4] * shape[5]
-            flops = ours((*shape[:5], shape[5]), torch.device("cpu"))[0].flops_per_token(shape[5])
-            best = min(v for k, v in seconds.items() if k.startswith("transformers") and "memory" not in k)
-            for k, s in seconds.items():
-                row = {"shape": shape_name, "batch": shape[4], "length": shape[5], "what": k, "tokens/s": round(tokens / s, 1),
-                       "of the matmul": round(tokens / s * flops / peak / 1e12, 3), "ratio": round(best / s, 2)}
-                if k in memory:
-                    row |= {"MFU of 989": round(tokens / s * flops / 989e12, 3), "GiB": round(memory[k], 1)}
-                if k in shares:
-                    row["time of kernels"] = shares[k]
+            flops = ours(shape, torch.device("cpu"))[0].flops_per_token(shape[5])
+            best = min(v for k, v in seconds.items() if k.startswith("transformers")
+                       and "memory" not in k)
+            for what, s in seconds.items():
+                row = {"shape": name, "batch": shape[4], "length": shape[5], "what": what,
+                       "tokens/s": round(tokens / s, 1), "ratio": round(best / s, 2),
+                       "of the matmul": round(tokens / s * flops / peak / 1e12, 3)}
+                if what in memory:
+                    row |= {"MFU of 989": round(tokens / s * flops / 989e12, 3),
+                            "GiB": round(memory[what], 1)}
+                if what in shares:
+                    row["time of kernels"] = shares[what]
                 result["rows"].append(row)
-                print(f"{shape_name:5} {shape[4]:3} x {shape[5]}  {k:24} {tokens / s:12,.0f} tok/s  {row['of the matmul']:6.1%} of the "
-                      f"matmul  {row['ratio']:.2f} x transformers" + (f"  {memory[k]:.1f} GiB" if k in memory else ""), flush=True)
-            for k, share in shares.items():
-                print(f"      {k}, time of its kernels: " + ", ".join(f"{kind} {v:.1%}" for kind, v in share.items()), flush=True)
+                print(f"{name:5} {shape[4]:3} x {shape[5]}  {what:24} {tokens / s:12,.0f} tok/s  "
+                      f"{row['of the matmul']:6.1%} of the matmul  {row['ratio']:.2f} x "
+                      "transformers" + (f"  {memory[what]:.1f} GiB" if what in memory else ""),
+                      flush=True)
+            for what, share in shares.items():
+                print(f"      {what}, time of its kernels: "
+                      + ", ".join(f"{kind} {v:.1%}" for kind, v in share.items()), flush=True)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
