@@ -32,11 +32,11 @@ import json
 import random
 import re
 import warnings
-from bisect import bisect
+from bisect import bisect, insort
 from collections import Counter, defaultdict
 from copy import copy
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 from pyflakes import checker, messages as m
@@ -78,8 +78,11 @@ ERRORS = (  # what cannot be compiled, or would raise when it is run
 
 def lint(source):
     """Errors of a program: a list of (line, message), empty if it is clean. SyntaxError or
-    ValueError if it does not parse."""
-    messages = Checker(ast.parse(source), withDoctest=False).messages
+    ValueError if it does not parse (RecursionError or MemoryError: too deep for the parser)."""
+    try:
+        messages = Checker(ast.parse(source), withDoctest=False).messages
+    except AttributeError as e:  # `from a import __all__`, then `__all__ += ...`
+        raise ValueError(f"pyflakes fails: {e}") from None
     return sorted((x.lineno, x.message % x.message_args) for x in messages if isinstance(x, ERRORS))
 
 
@@ -111,15 +114,13 @@ class Program:
         self.dependents = []  # of each node: the nodes that lose a support when it falls
         self.supports = []  # of each node: how many of them it must lose to fall
         self.broken = set()  # units with an error from the start
+        self.is_free = [line.strip()[:1] in ("", "#") for line in self.lines]  # blank, a comment
         self.add_node(1)
         self.add_block(self.tree.body, MODULE)
         self.claim(MODULE, 0, len(self.lines) - 1)
         self.code = [i for i, unit in enumerate(self.unit_at)  # the lines that can be drawn
-                     if unit != MODULE and not self.is_free(i)]
-
-    def is_free(self, i):
-        """Whether a line is blank or a comment."""
-        return self.lines[i].strip()[:1] in ("", "#")
+                     if unit != MODULE and not self.is_free[i]]
+        NeedsOfNames(self)
 
     def add_node(self, supports):
         self.lines_of.append([])
@@ -152,20 +153,19 @@ class Program:
         """Add the statements of a block, which needs one of them, as they need its header."""
         units = []
         for node in block:
-            first = first_line(node)
+            first = (getattr(node, "decorator_list", None) or [node])[0].lineno - 1
             unit = self.unit_at[first]
             if unit is None:  # else it shares a line: a; b
                 unit = self.add_node(1)
                 self.need(unit, [parent])
                 units.append(unit)
-            if hasattr(node, "body") or hasattr(node, "cases"):
-                self.add_clauses(node, unit, first)
+            self.add_clauses(node, unit, first)
             self.claim(unit, first, node.end_lineno - 1)
         self.need(parent, units)
 
     def add_clauses(self, node, main, at):
-        """Add the clauses of a compound statement, with their blocks. Its first is the unit `main`,
-        its first line `at`."""
+        """Add the clauses of a compound statement (a simple one has none), with their blocks. Its
+        first is the unit `main`, its first line `at`."""
         units = defaultdict(list)
         if isinstance(node, ast.Match):
             at = node.subject.end_lineno
@@ -174,13 +174,12 @@ class Program:
         for kind, body in clauses_of(node):
             unit = main
             if kind != "first":
-                while self.is_free(at):
+                while self.is_free[at]:
                     at += 1
                 unit = self.add_node(1)
                 self.need(unit, [main])
             units[kind].append(unit)
-            first = first_line(body[0])
-            if not self.lines[first][:body[0].col_offset].strip():  # `if x: y` is one unit
+            if not self.lines[body[0].lineno - 1][:body[0].col_offset].strip():  # not `if x: y`
                 self.add_block(body, unit)
             self.claim(unit, at, body[-1].end_lineno - 1)
             at = body[-1].end_lineno
@@ -190,7 +189,7 @@ class Program:
                 self.need(unit, units["one of"])
 
     def fall(self, units, supports):
-        """The lines that fall with these units; `supports`, what each node has left, is kept."""
+        """The lines that fall with a set of units; `supports`, what each node has left, is kept."""
         lines = []
         for unit in units:
             supports[unit] = 0
@@ -200,12 +199,8 @@ class Program:
             for other in self.dependents[node]:
                 supports[other] -= 1
                 if supports[other] == 0:
-                    units.append(other)
+                    units.add(other)
         return lines
-
-
-def first_line(node):
-    return (getattr(node, "decorator_list", None) or [node])[0].lineno - 1
 
 
 def clauses_of(node, kind="first"):
@@ -226,11 +221,15 @@ def clauses_of(node, kind="first"):
 
 # -- What the names need: pyflakes' pass ----------------------------------------------------------
 
-BUILTINS = {name: checker.Builtin(name) for name in Checker(ast.parse("")).builtIns}
-for builtin in BUILTINS.values():
-    builtin.bound = builtin.declared = [MODULE]
-UNBOUND = checker.Binding("", None)
-UNBOUND.bound = UNBOUND.declared = []
+class Builtin(checker.Builtin):
+    bound = declared = [MODULE]
+
+
+class Unbound:
+    bound = declared = []
+
+
+BUILTINS = {name: Builtin(name) for name in Checker(ast.parse("")).builtIns}
 
 
 class NeedsOfNames(Checker):
@@ -266,7 +265,7 @@ class NeedsOfNames(Checker):
                          if not isinstance(s, checker.ComprehensionScope))
         elif isinstance(value, checker.StarImportation):
             value.name = "*"
-        elif isinstance(value, checker.FutureImportation) and value.real_name == "annotations":
+        elif getattr(value, "fullName", "") == "__future__.annotations":
             self.future = [unit]
         elif isinstance(value, checker.ExportBinding):
             self.uses += [(unit, "export", (None, name)) for name in value.names]
@@ -275,7 +274,7 @@ class NeedsOfNames(Checker):
         self.bind(scope, value, unit)
 
     def bind(self, scope, value, unit):
-        old, is_annotation = scope.get(value.name, UNBOUND), isinstance(value, checker.Annotation)
+        old, is_annotation = scope.get(value.name, Unbound), isinstance(value, checker.Annotation)
         if old.declared and is_annotation or getattr(old, "fullName", "").startswith("typing"):
             value = copy(old)  # its kind stays: where others fall, strings may be annotations again
         value.declared = [self.program.group([unit, *old.declared])]
@@ -293,9 +292,8 @@ class NeedsOfNames(Checker):
         unit, (module, *inner) = self.unit_of(node), self.scopeStack
         for name in node.names if inner else ():
             self.uses.append((unit, "global", (None, name)))
-            known = module.get(name, UNBOUND)
-            hidden = known.bound != known.declared
-            for scope in self.scopeStack[hidden:]:
+            known = module.get(name, Unbound)  # an annotation without a value hides it
+            for scope in inner + [module] * (known.bound == known.declared):
                 self.bind(scope, checker.Assignment(name, node), unit)
 
     NONLOCAL = GLOBAL
@@ -309,34 +307,33 @@ class NeedsOfNames(Checker):
             self.scope[node.name] = before
 
     def handleNodeLoad(self, node, parent):
-        name, scope, module = checker.getNodeName(node), self.scope, self.scopeStack[0]
+        name, scope = checker.getNodeName(node), self.scope
         if not name:
             return
         found, direct = [], True
         for s in reversed(self.scopeStack):
-            if isinstance(s, ClassScope):
-                if name == "__class__" or s is scope and name in checker.DetectClassScopedMagic.names:
-                    return
-                if not direct:
-                    continue
-            direct = direct and isinstance(s, (checker.TypeScope, checker.ComprehensionScope))
-            if name in s:
+            in_class = isinstance(s, ClassScope)
+            if in_class and (name == "__class__"
+                             or s is scope and name in checker.DetectClassScopedMagic.names):
+                return
+            if name in s and (direct or not in_class):
                 found.append(s[name])
+            direct &= isinstance(s, (checker.TypeScope, checker.ComprehensionScope))
         unit, key = self.unit_of(node), (id(scope), name)
-        nodes = [node for binding in found for node in binding.bound]
-        if nodes and not scope.get(name, UNBOUND).bound:
+        nodes = sum((binding.bound for binding in found), [])
+        if nodes and not scope.get(name, Unbound).bound:
             self.read_outside[key].append(unit)
         if name == "print" and isinstance(getattr(parent, "op", None), ast.RShift):
             self.program.broken.add(unit)
         if "NameError" in self.exceptHandlers[-1]:
             nodes.append(MODULE)
         if all(binding.bound == binding.declared for binding in found):
-            nodes += module.get("*", UNBOUND).bound
+            nodes += self.scopeStack[0].get("*", Unbound).bound
         if self.future and (self.without_future
                             or self._in_annotation == checker.AnnotationState.BARE):
             self.uses.append((unit, nodes + self.future, key))
         if self._in_postponed_annotation:
-            nodes = nodes + [node for binding in found for node in binding.declared]
+            nodes = sum((binding.declared for binding in found), nodes)
         if not self.without_future:
             self.uses.append((unit, nodes, key))
 
@@ -347,7 +344,7 @@ class NeedsOfNames(Checker):
             self.uses.append((self.unit_of(node), binding.declared, (None, None)))
 
     def handleAnnotation(self, annotation, node):
-        if self.annotationsFutureEnabled:  # it is looked at later, but where it stands if that falls
+        if self.annotationsFutureEnabled:  # looked at later; where it stands if that falls
             self.without_future = True
             with self._enter_annotation():
                 self.handleNode(annotation, node)
@@ -356,17 +353,17 @@ class NeedsOfNames(Checker):
 
     def checkDeadScopes(self):
         """In the place of pyflakes' reports on what is unused: what was found goes to the graph."""
-        program, module, globals = self.program, self.deadScopes[-1], {}
+        program, module, retracting = self.program, self.deadScopes[-1], {}
         for unit, nodes, (scope, name) in reversed(self.uses):
             if nodes == "global":  # it takes back what was reported of its name before
-                globals[name] = [program.group([unit, *globals.get(name, [])])]
+                retracting[name] = [program.group([unit, *retracting.get(name, [])])]
                 continue
             if nodes == "export":
-                nodes = module.get(name, UNBOUND).declared + module.get("*", UNBOUND).declared
+                nodes = module.get(name, Unbound).declared + module.get("*", Unbound).declared
             if (scope, name) in self.stored:  # elsewhere it must not be looked for: UndefinedLocal
                 nodes = nodes[:1]
             else:
-                nodes = nodes + globals.get(name, [])
+                nodes = nodes + retracting.get(name, [])
             if nodes:
                 program.need(unit, nodes)
             else:
@@ -376,12 +373,7 @@ class NeedsOfNames(Checker):
 
 # -- Edits ----------------------------------------------------------------------------------------
 
-@lru_cache(1)
-def read_program(source):
-    """A Program with what its names need; kept for the program's next sequences."""
-    program = Program(source)
-    NeedsOfNames(program)
-    return program
+read_program = lru_cache(1)(Program)  # kept for a program's next sequences
 
 
 def lintseq(source, rng):
@@ -392,23 +384,22 @@ def lintseq(source, rng):
     come in with the last edit (as published). ValueError, SyntaxError or RecursionError, with the
     reason, where this cannot be done."""
     program = read_program(source)
-    supports, falls = program.supports[:], []
+    supports, falls, broken = program.supports[:], [], program.broken
     for line in sorted(program.code, key=lambda line: rng.random()):  # all that are left are alike
         unit = program.unit_at[line]
         if supports[unit] > 0:
-            falls.append(program.fall(list({unit, *(() if falls else program.broken)}), supports))
+            falls.append(program.fall({unit, *broken}, supports))
+            broken = ()
     return edits(program.lines, falls)
 
 
 def randseq(source, rng):
     """The paper's ablation: each edit is a random set of the lines of code that are left, whatever
     a linter says."""
-    program = Program(source)
+    program = read_program(source)
     left, falls = rng.sample(program.code, len(program.code)), []
     while left:
-        n = rng.randint(1, len(left))
-        falls.append(left[:n])
-        left = left[n:]
+        falls.append([left.pop() for _ in range(rng.randint(1, len(left)))])
     falls[-1] += set(range(len(program.lines))) - set(program.code)
     return edits(program.lines, falls)
 
@@ -418,18 +409,15 @@ def edits(lines, falls):
     by step."""
     present, texts = [], []
     for fallen in reversed(falls):
-        hunks = []  # (lines before it in the old state, in the new state, numbers of its lines)
-        for n, i in enumerate(sorted(fallen)):
-            before = bisect(present, i)
-            if hunks and hunks[-1][0] == before:
-                hunks[-1][2].append(i)
-            else:
-                hunks.append((before, before + n, [i]))
-        for before, after, new in reversed(hunks):
-            present[before:before] = new
-        texts.append("\n".join(
-            f"@@ -{before},0 +{after + 1}{f',{len(new)}' if len(new) > 1 else ''} @@"
-            + "".join("\n+" + lines[i] for i in new) for before, after, new in hunks))
+        hunks, line = [], 1
+        for before, group in groupby(sorted(fallen), partial(bisect, present)):
+            new = [f"\n+{lines[i]}" for i in group]
+            count = f",{len(new)}" if len(new) > 1 else ""
+            hunks.append(f"@@ -{before},0 +{before + line}{count} @@" + "".join(new))
+            line += len(new)
+        texts.append("\n".join(hunks))
+        for i in fallen:
+            insort(present, i)
     return texts
 
 
@@ -524,8 +512,9 @@ def make_rows(job, cfg):
                 if path not in paths:
                     break
             paths.append(path)
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
-        reason = f"{'does not parse: ' * isinstance(e, SyntaxError)}{e}" or type(e).__name__
+    except Exception as e:  # too deep for the parser, pyflakes' own: the next row can do
+        kind = "does not parse: " if isinstance(e, SyntaxError) else ""
+        reason = f"{kind}{str(e) or type(e).__name__}"
         return (json.dumps({"index": index, "reason": reason}) + "\n",
                 {"skipped: " + reason.split(":")[0]: 1})
     rows = [{"edit_path": path, "index": index, "source_instruction": instruction,
@@ -546,36 +535,30 @@ def make_all_rows(jobs, cfg):
 
 
 def read_source(path):
-    """(index, the row or the ValueError that it is) of each row of the source that is this
-    rank's."""
-    for number, row in config.read_rows(path):
-        if (number - 1) % config.WORLD == config.RANK:
-            yield number - 1, row
+    """(index, the row or the ValueError that it is) of the source's rows that are this rank's."""
+    rows = ((number - 1, row) for number, row in config.read_rows(path))
+    return (job for job in rows if job[0] % config.WORLD == config.RANK)
 
 
 def convert(cfg):
-    """Write the edit sequences of --source to --dest. A state file says up to where both outputs are
-    whole: a run that was stopped cuts them back to there, and goes on."""
+    """Write the edit sequences of --source to --dest. A state file says up to where both outputs
+    are whole: a run that was stopped cuts them back to there, and goes on."""
     from tqdm import tqdm
     source = Path(cfg.source)
-    dest = Path(cfg.dest + (f".{config.RANK}-of-{config.WORLD}" if config.WORLD > 1 else ""))
-    if not source.is_file():
-        config.die(f"--source={source}: no such file")
-    if dest.exists() and source.samefile(dest):
-        config.die(f"--dest={dest} is the source itself")
-    dest.parent.mkdir(parents=True, exist_ok=True)
+    dest = Path(cfg.dest + f".{config.RANK}-of-{config.WORLD}" * (config.WORLD > 1))
     settings = [cfg.source, source.stat().st_size, cfg.samples, cfg.seed, cfg.method]
+    dest.parent.mkdir(parents=True, exist_ok=True)
     with config.lock_file(dest) as out, open(f"{dest}.skipped.jsonl", "a") as skipped:
         files, state = (out, skipped), Path(f"{dest}.state.json")
-        is_new = not out.tell() and not state.exists()
         try:
-            was, sizes, counts = (settings, [0, 0], {}) if is_new else json.loads(state.read_bytes())
+            found = out.tell() or state.exists()
+            was, sizes, counts = json.loads(state.read_bytes()) if found else (settings, [0, 0], {})
             fits = was == settings and all(f.tell() >= size for f, size in zip(files, sizes))
         except (OSError, ValueError, TypeError):  # missing, broken
             fits = False
         if not fits:
-            config.die(f"{dest} is of other settings, or not as its last run left it ({state.name}): "
-                       "choose another --dest, or delete both")
+            config.die(f"{dest} is of other settings, or not as a run left it (see {state.name}): "
+                       "choose another --dest")
         for f, size in zip(files, sizes):
             f.seek(size)
             f.truncate()
@@ -593,10 +576,9 @@ def convert(cfg):
             (out if "programs" in tally else skipped).write(text)
             counts.update(tally, rows=1)
         save()
-    if not counts["programs"] and (total or config.WORLD == 1):
+    if not counts["programs"] and config.WORLD == 1:
         config.die(f"{source} holds no program that can be written as edits: see {skipped.name}")
-    print(f"{dest}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items())
-          + (f"; {done:,} rows were done before" if done else ""))
+    print(f"{dest}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
 
 
 def show(path, cfg):
@@ -604,7 +586,7 @@ def show(path, cfg):
     try:
         source = Path(path).read_bytes().decode("utf-8-sig")
         sequence = METHODS[cfg.method](source, random.Random(cfg.seed))
-    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as e:
+    except Exception as e:  # no such file, no program
         config.die(f"{path}: {e}")
     for n, edit in enumerate(sequence, 1):
         print(f"--- edit {n} of {len(sequence)}\n{edit}")

@@ -165,7 +165,8 @@ def test_clean_on_what_pyflakes_tests():
         found.append(textwrap.dedent(source))
 
     modules = [importlib.import_module(f"pyflakes.test.{module.name}")
-               for module in pkgutil.iter_modules(pyflakes.test.__path__) if module.name.startswith("test_")]
+               for module in pkgutil.iter_modules(pyflakes.test.__path__) 
+               if module.name not in ("harness", "test_api")]
     flakes, harness.TestCase.flakes = harness.TestCase.flakes, note
     try:
         unittest.TextTestRunner(io.StringIO()).run(unittest.TestSuite(
@@ -317,6 +318,11 @@ def test_what_counts_as_an_error(source, errors):
         assert errors
 
 
+def test_where_pyflakes_itself_fails():
+    with pytest.raises(ValueError, match="pyflakes fails"):
+        lintseq.lint("from os import __all__\n__all__ += ['x']\n")
+
+
 def test_the_linter_is_pyflakes():
     found = 0
     for source in stdlib_sources(20, 1, 300, seed=3) + list(TRICKY.values()):
@@ -431,7 +437,7 @@ def test_bulk_rows_are_the_published_ones_and_the_same_for_any_workers(rows):
     assert set(skipped) == {7, 8, 9, 10} and "never closed" in skipped[7] and "response" in skipped[8]
     assert "UTF-8" in skipped[10]
     status, again, err = run("lintseq.py", *ARGS, "--dest=one.jsonl", cwd=rows)  # complete: nothing new
-    assert status == 0 and again == out.replace("\n", "; 299 rows were done before\n")
+    assert status == 0 and again == out
     assert (rows / "one.jsonl").read_bytes() == (rows / "two.jsonl").read_bytes()
     edits = sum(len(r["edit_path"]) for r in written)
     assert f"{edits:,} edits" in out and "1 skipped: not JSON" in out and "1 skipped: does not parse" in out
@@ -440,16 +446,16 @@ def test_bulk_rows_are_the_published_ones_and_the_same_for_any_workers(rows):
 @pytest.mark.parametrize("args, status, message", [
     (("--method=randseq",), 1, "is of other settings"), (("--method=x",), 2, "lintseq or randseq"),
     (("--samples=0",), 2, "samples"), (("--workers=-1",), 2, "workers"), (("--seed=-1",), 2, "seed"),
-    (("--dest=in.jsonl",), 1, "the source itself"), (("--dest=in.jsonl/out.jsonl",), 1, "in.jsonl"),
-    (("--source=none",), 1, "no such file"), (("--dest=kept.txt",), 1, "not as its last run left it"),
-    (("--dest=broken",), 1, "not as its last run left it"), (("--dest=cut",), 1, "not as its last run left it")])
+    (("--dest=in.jsonl",), 1, "not as a run left it"), (("--dest=in.jsonl/out.jsonl",), 1, "in.jsonl"),
+    (("--source=none",), 1, "No such file or directory: 'none'"), (("--dest=kept.txt",), 1, "not as a run left it"),
+    (("--dest=broken",), 1, "not as a run left it"), (("--dest=cut",), 1, "not as a run left it")])
 def test_a_mistake_is_told_in_one_line_and_touches_nothing(rows, args, status, message):
     (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 1"}\n')
     assert run("lintseq.py", *ARGS, "--dest=out.jsonl", "--workers=1", cwd=rows)[0] == 0
     (rows / "kept.txt").write_text("no output")
     (rows / "broken.state.json").write_text('{"')
     (rows / "cut.state.json").write_bytes((rows / "out.jsonl.state.json").read_bytes())
-    for name in ("kept.txt.skipped.jsonl", "broken", "broken.skipped.jsonl", "cut", "cut.skipped.jsonl"):
+    for name in ("in.jsonl.skipped.jsonl", "kept.txt.skipped.jsonl", "broken", "broken.skipped.jsonl", "cut", "cut.skipped.jsonl"):
         (rows / name).touch()
     before = {p: p.read_bytes() for p in rows.iterdir()}
     found, out, err = run("lintseq.py", *ARGS, "--dest=out.jsonl", "--workers=1", *args, cwd=rows)
@@ -489,8 +495,7 @@ def test_a_run_cut_short_goes_on_without_a_lost_or_doubled_row(rows):
         process.communicate()
         assert workers
     status, out, err = run("lintseq.py", *ARGS, "--dest=cut.jsonl", "--workers=1", cwd=rows)
-    assert status == 0 and re.sub("; .* before", "", out).replace("cut", "whole") == whole_out  # of all rows
-    assert "before" in out
+    assert status == 0 and out.replace("cut", "whole") == whole_out  # of all rows
     for end, content in (("", whole), (".skipped.jsonl", skipped), (".state.json", state)):
         assert (rows / f"cut.jsonl{end}").read_bytes() == content
     deadline = time.time() + 20
@@ -522,6 +527,6 @@ def test_a_file_is_shown_edit_by_edit(tmp_path):
     for args, status, message in (
             (("nothing.py",), 1, "nothing.py"), (("f.py", "--method=x"), 2, "--method"),
             ((), 1, "name a Python file"), (("g.py",), 1, "g.py: '(' was never closed"),
-            (("h.py",), 1, "h.py"), ((".",), 1, "directory"), (("--source=x", "--dest=y"), 1, "no such file")):
+            (("h.py",), 1, "h.py"), ((".",), 1, "directory"), (("--source=x", "--dest=y"), 1, "No such file")):
         found, out, err = run("lintseq.py", *args, cwd=tmp_path)
         assert found == status and message in err and err.count("\n") == 1
