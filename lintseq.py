@@ -12,13 +12,14 @@ opposite order: the first state is empty, the last is the program, and every sta
 and has no linter error.
 
 Here no linter looks at the states, for two things alone can break when a line is deleted. A block
-loses its header, or a header its block: that is seen in the syntax tree. Or a name loses what binds
-it: one pass of pyflakes over the whole program finds, for each use of a name, the statements any
-one of which satisfies it. So the program is a graph of what needs what. A line's fall takes along
-what needs it, and so on to the end: this closure is what deleting and linting in turn arrive at,
-for a use is reported in a state just when the last statement that satisfies it has fallen. (In
-rare cases the graph is stricter than pyflakes: after `del x` a use needs a later x, though the
-`del` may fall; a variable of a function is not looked for outside of it. It is never looser.)
+loses its header, or a header its block: the syntax tree tells. Or a name loses what binds it: one
+pass of pyflakes over the whole program finds, for each use of a name, the statements any one of
+which satisfies it. So the program is a graph of what needs what, and a line's fall takes along what
+needs it, and what needs that. This closure is what deleting and linting in turn arrive at, for a
+use is reported in a state just when the last statement that satisfies it has fallen. The graph is
+never looser than pyflakes, and stricter in rare cases: after `del x` a use needs a later x, though
+the `del` may fall; a name that a function assigns is not looked for outside of it; a `try` falls
+with its handler of NameError. Drawing the next sequence of the same program costs no new pass.
 
 Where this differs from the published generator, and why it is better data: it deletes statements,
 not lines. A call over five lines, a triple-quoted text, a decorated `def`, a line continued by a
@@ -49,7 +50,7 @@ MAX_LINES = 100_000  # of a program
 
 
 class Settings:
-    source = ""  # JSONL with `instruction` and `response` in each row
+    source = ""  # .jsonl, .jsonl.gz or .parquet with `instruction` and `response` in each row
     dest = ""  # JSONL with `edit_path`, `index`, `source_instruction`, `source_response`
     samples: (1,) = 5  # edit sequences a program
     seed = 1337  # of all draws; a row's sequences depend on it and on the row's number alone
@@ -300,7 +301,7 @@ class NeedsOfNames(Checker):
 
     def EXCEPTHANDLER(self, node):
         if node.type and "'NameError'" in ast.dump(node.type):  # what it covers must not lose it
-            self.program.need(self.unit_of(self._parents[node]), [self.unit_of(node)])
+            self.program.need(self.unit_of(self.getParent(node)), [self.unit_of(node)])
         before = self.scope.pop(node.name, None)  # its name ends with it
         super().EXCEPTHANDLER(node)
         if before:
