@@ -261,7 +261,7 @@ class NeedsOfNames(Checker):
         scope, unit = self.scope, self.unit_of(node)
         if isinstance(value, checker.NamedExprAssignment):
             if self.without_future:
-                return
+                return  # while the import stands, it binds its name later
             scope = next(s for s in reversed(self.scopeStack)
                          if not isinstance(s, checker.ComprehensionScope))
         elif isinstance(value, checker.StarImportation):
@@ -270,7 +270,7 @@ class NeedsOfNames(Checker):
             self.future = [unit]
         elif isinstance(value, checker.ExportBinding):
             self.uses += [(unit, "export", (None, name)) for name in value.names]
-            if not isinstance(value.source, ast.AugAssign):
+            if not isinstance(value.source, ast.AugAssign):  # pyflakes cannot add to another kind
                 scope.pop(value.name, None)
         self.bind(scope, value, unit)
 
@@ -284,9 +284,9 @@ class NeedsOfNames(Checker):
 
     def handleNodeStore(self, node):
         key = id(self.scope), checker.getNodeName(node)
-        if isinstance(self.scope, FunctionScope):
+        if isinstance(self.scope, FunctionScope):  # what it has read from outside: UndefinedLocal
             self.stored.add(key)
-            self.program.broken.update(self.read_outside.pop(key, ()))  # UndefinedLocal
+            self.program.broken.update(self.read_outside.pop(key, ()))
         super().handleNodeStore(node)
 
     def GLOBAL(self, node):
@@ -311,7 +311,7 @@ class NeedsOfNames(Checker):
         name, scope = checker.getNodeName(node), self.scope
         if not name:
             return
-        found, direct = [], True
+        found, direct = [], True  # bindings; whether names of a class around it are in sight
         for s in reversed(self.scopeStack):
             in_class = isinstance(s, ClassScope)
             if in_class and (name == "__class__"
@@ -324,12 +324,14 @@ class NeedsOfNames(Checker):
         nodes = sum((binding.bound for binding in found), [])
         if nodes and not scope.get(name, Unbound).bound:
             self.read_outside[key].append(unit)
+        # Python 2's `print >> x`; what a handler of NameError covers; what a star may have imported
         if name == "print" and isinstance(getattr(parent, "op", None), ast.RShift):
             self.program.broken.add(unit)
         if "NameError" in self.exceptHandlers[-1]:
             nodes.append(MODULE)
         if all(binding.bound == binding.declared for binding in found):
             nodes += self.scopeStack[0].get("*", Unbound).bound
+        # An annotation has two needs: one for the states with that import, one for those without
         if self.future and (self.without_future
                             or self._in_annotation == checker.AnnotationState.BARE):
             self.uses.append((unit, nodes + self.future, key))
