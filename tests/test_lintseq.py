@@ -148,6 +148,11 @@ TRICKY = {
         "except (NameError, OSError):\n    unicode = x = 1\nelse:\n    y = 1\n"
         "def f():\n    try:\n        long\n    except NameError:\n        long = int\n"
         "    return long\n",
+    "a handler's name and another":
+        "import os\ne = 1\ntry:\n    os.stat('a')\nexcept OSError as e:\n    print(os)\n"
+        "print(e)\n",
+    "a global hidden by an annotation":
+        "x: int\nx = 0\ndef f():\n    global x\n    x = 1\ndef g():\n    print(x)\n",
     "a handler's name":
         "e = 1\ntry:\n    x = e\nexcept OSError as e:\n    print(e)\nexcept KeyError as g:\n"
         "    print(g, e)\nprint(e)\ndef f():\n    try:\n        return x\n"
@@ -198,9 +203,15 @@ if sys.version_info >= (3, 12):
         "try:\n    g(1)\nexcept* OSError as e:\n    print(e)\n")
 
 
+# where the graph is stricter than pyflakes on the whole program
+STRICT = {"a local hidden by a comprehension", "a local read between imports",
+          "globals and annotations", "typing shadowed"}
+
+
 @pytest.mark.parametrize("name", TRICKY)
 def test_exact_on_tricky_sources(name):
     assert lintseq.lint(TRICKY[name]) == []
+    assert bool(lintseq.read_program(TRICKY[name]).broken) == (name in STRICT)
     for seed in range(40):
         check_sequence(TRICKY[name], lintseq.lintseq(TRICKY[name], random.Random(seed)))
 
