@@ -38,7 +38,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import config
 from config import RANK, WORLD, die
@@ -64,7 +64,7 @@ class Settings:
     results = ""  # folder of samples.jsonl and results.json; empty: out-eval/<benchmark>
     seed = 1337  # of the samples
     device = "auto"  # cpu, cuda, mps; auto takes the best there is
-    dtype: ("auto", "float32", "bfloat16", "float16") = "auto"  # auto is what suits the device
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto is what suits the device
     decode_batch: (1,) = 64  # sequences decoded at once
 
 

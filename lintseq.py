@@ -39,6 +39,7 @@ from copy import copy
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Literal
 
 from pyflakes import checker, messages as m
 from pyflakes.checker import Checker, ClassScope, FunctionScope
@@ -55,7 +56,7 @@ class Settings:
     samples: (1,) = 5  # edit sequences a program
     seed = 1337  # of all draws; a row's sequences depend on it and on the row's number alone
     workers = 0  # processes; 0: one for each core
-    method: ("lintseq", "randseq") = "lintseq"  # randseq: random lines, no linter (an ablation)
+    method: Literal["lintseq", "randseq"] = "lintseq"  # randseq: random lines, the ablation
     paths = ()  # Python files to show
 
 

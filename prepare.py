@@ -18,7 +18,6 @@ Left out: downloading and tokenizing at once, data that is not on a shared file 
 import ast
 import base64
 import hashlib
-import importlib
 import itertools
 import json
 import os
@@ -31,6 +30,7 @@ import zlib
 from array import array
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tiktoken
@@ -52,7 +52,7 @@ class Settings:
     instruct = ()  # stdlib, family, magicoder, starcoder2, files with `instruction`, `response`
     source = ""  # the JSONL of instruction and response that `instruct` becomes, for lintseq.py
     dest = ""  # the JSONL of edit sequences that lintseq.py writes
-    form: ("edits", "programs", "") = ""  # of examples to tokenize: edits (dest), programs (source)
+    form: Literal["", "edits", "programs"] = ""  # make examples: of dest, or of source
     benchmark = "data/problems.jsonl"  # where the family's held-out problems go, for evaluate.py
     family_size = 10_000  # problems of the demo's family to train on
     family_heldout = 200  # and held out
@@ -117,8 +117,9 @@ class PublishedTokenizer:
     _pat_str = GPT2_PATTERN  # for the fingerprint
 
     def __init__(self, path):
+        from tokenizers import Tokenizer
         try:
-            self.library = import_library("tokenizers").Tokenizer.from_file(path)
+            self.library = Tokenizer.from_file(path)
             self.library.no_truncation()
             self.library.no_padding()
             self._special_tokens = {
@@ -259,18 +260,10 @@ HUB = {  # our name: (dataset, the paths that begin so)
 TRIES = 6  # the pause after each is twice the one before: a minute in all
 
 
-def import_library(name):
-    """A library that is needed here only; die if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        die(f"this needs the library {name}: pip install {name}")
-
-
 def ask_hub(function, repo, *args, **where):
     """A function of huggingface_hub, called again where what failed may pass; OSError, with the
     mend, where it does not. The library sees to the cache (HF_HOME), HF_TOKEN and HF_ENDPOINT."""
-    hub = import_library("huggingface_hub")
+    import huggingface_hub as hub
     for attempt in range(TRIES):
         try:
             return getattr(hub, function)(repo, *args, **where)
@@ -294,6 +287,7 @@ def download_dataset(name, count=None):
     """The local paths of the first `count` files of a dataset of HUB. Its listing is kept, so that
     all runs and ranks see the same, and a complete copy needs no network. Each rank begins with its
     share; the library's locks make it wait for what another one is downloading."""
+    from huggingface_hub.constants import HF_HUB_CACHE
     (repo, prefix), where = HUB[name], {"repo_type": "dataset"}
     listing = DATA / "hub" / f"{name}.json"
     if RANK == 0 and not listing.is_file():
@@ -307,8 +301,7 @@ def download_dataset(name, count=None):
     paths = sorted(files)[:count]
     missing = sum(files[path] for path in paths
                   if not ask_hub("try_to_load_from_cache", repo, path, **where))
-    check_disk_space(Path(import_library("huggingface_hub").constants.HF_HUB_CACHE),
-                     f"downloads of {repo}", missing)
+    check_disk_space(Path(HF_HUB_CACHE), f"downloads of {repo}", missing)
     for path in paths[RANK::WORLD]:
         ask_hub("hf_hub_download", repo, path, **where)
     return [ask_hub("hf_hub_download", repo, path, **where) for path in paths]
@@ -708,7 +701,6 @@ def tokenizer_json(enc):
     """The text of a tokenizer.json that gives `enc`'s ids, for Hugging Face's libraries."""
     if isinstance(enc, PublishedTokenizer):
         return enc.library.to_str()
-    import_library("tokenizers")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     vocab = {"".join(map(LETTERS.__getitem__, token)): i
              for token, i in enc._mergeable_ranks.items()}
@@ -802,7 +794,7 @@ def main():
             "--corpora=… (files of text), or --instruct=… with --source=…; --help lists all", 2)
     folder = DATA / cfg.dataset
     folder.mkdir(parents=True, exist_ok=True)
-    lock = config.lock_file(folder / f".lock{RANK}")  # noqa: F841  (held to the end)
+    config.lock_file(folder / f".lock{RANK}")
     new = cfg.instruct and not Path(cfg.source).is_file()
     if new and RANK == 0:
         write_instruct(cfg)

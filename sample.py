@@ -11,6 +11,7 @@ longer than the model's block_size.
 import re
 import sys
 from pathlib import Path
+from typing import Literal
 
 import config
 import lintseq
@@ -32,7 +33,7 @@ class Settings:
     edit_retries = 2  # how often an edit is drawn again if it is malformed or leaves linter errors
     seed = 1337  # of the first sample
     device = "auto"  # cuda if there is one, mps, else cpu
-    dtype: ("auto", "float32", "bfloat16") = "auto"  # auto: bfloat16 on cuda, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda, else float32
 
 
 def find_checkpoint():
@@ -227,7 +228,7 @@ def main():
         raw, = complete(model, enc, form, [prompt], max_new_tokens=cfg.max_new_tokens,
                         temperature=cfg.temperature, top_p=cfg.top_p, seeds=[cfg.seed + n],
                         edit_retries=cfg.edit_retries,
-                        on_text=make_display(coloured and form == "edits"))
+                        on_text=make_display(coloured))
         if raw is None:
             tokens = len(prepare.encode_prompt(enc, form, prompt))
             die(f"the prompt's {tokens} tokens leave no room in the model's "

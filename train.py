@@ -27,6 +27,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class Settings:
     out_dir = "out"  # checkpoints and log.jsonl go there
     dataset = "pretrain"  # data/<dataset>
     pretrained = ""  # finetuning: a folder with ckpt.pt or a Hugging Face model to start from
-    seed: (0, 4_294_967_295) = 1337  # of the weights and of the order of the data
+    seed = 1337  # of the weights and of the order of the data
     # the model (from `pretrained` where that is set)
     block_size: (1,) = 1024  # tokens in a row
     n_layer: (1,) = 12  # blocks
@@ -56,11 +57,11 @@ class Settings:
     max_iters = 0  # optimizer steps; 0: as many as `epochs` need
     epochs: (1,) = 1  # passes over the data, where max_iters is 0
     # the optimizer
-    optimizer: ("adamw", "muon") = "adamw"  # muon: the blocks' matrices; AdamW the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the blocks' matrices; AdamW the rest
     learning_rate = 6e-4  # the highest, after the warm-up
     muon_lr = 0.02  # the same for Muon's matrices
     min_lr: (0, 1) = 0.1  # where the decay ends, as a fraction of learning_rate
-    decay: ("cosine", "linear") = "cosine"  # of the learning rate, after the warm-up
+    decay: Literal["cosine", "linear"] = "cosine"  # of the learning rate, after the warm-up
     warmup_iters = 2000  # steps of linear warm-up
     weight_decay = 0.1  # decoupled, on every matrix (there is nothing else)
     beta1: (0, 0.99999) = 0.9  # AdamW's
@@ -70,9 +71,9 @@ class Settings:
     eval_interval: (1,) = 1000  # steps between evaluations; each saves a checkpoint
     eval_rows = 2048  # validation rows in an evaluation, the same each time; 0: all of val.bin
     log_interval: (1,) = 10  # steps between lines
-    device: ("auto", "cuda", "mps", "cpu") = "auto"  # the first that there is
-    dtype: ("auto", "bfloat16", "float32") = "auto"  # bfloat16 on cuda, else float32
-    compile: ("auto", "yes", "no") = "auto"  # on cuda
+    device = "auto"  # cuda, mps or cpu; auto: the first that there is
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # bfloat16 on cuda, else float32
+    compile: Literal["auto", "yes", "no"] = "auto"  # on cuda
     wandb = ""  # a Weights & Biases project to log to
     plot = False  # draw log.jsonl files (given as arguments; else out_dir's) into plot.png
     paths = ()  # the logs to draw
@@ -234,6 +235,12 @@ def read_batches(rows, numbers, cfg, device):
         yield batch.to(device, non_blocking=True), targets
 
 
+def read_step(rows, step, cfg, device):
+    """This rank's batches: rows step * batch_size + rank, + ranks, ... of the run's order."""
+    numbers = range(step * cfg.batch_size + RANK, (step + 1) * cfg.batch_size, WORLD)
+    return list(read_batches(rows, numbers, cfg, device))
+
+
 def fingerprint_files(paths):
     """A hash of the sizes of files and of 256 pages spread over each: that data is still the same,
     in milliseconds."""
@@ -371,9 +378,20 @@ def learning_rate_scale(step, max_iters, cfg):
     down to min_lr. Another schedule is another function of step / max_iters here."""
     if step < cfg.warmup_iters:
         return (step + 1) / cfg.warmup_iters
-    done = (step - cfg.warmup_iters) / max(1, max_iters - cfg.warmup_iters)
+    done = (step - cfg.warmup_iters) / (max_iters - cfg.warmup_iters)
     left = 1 - done if cfg.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return cfg.min_lr + (1 - cfg.min_lr) * left
+
+
+def set_learning_rates(optimizers, scale, cfg):
+    """Scale the peaks; what is used now, for the log."""
+    rates = {"lr": cfg.learning_rate * scale}
+    if cfg.optimizer == "muon":
+        rates["muon_lr"] = cfg.muon_lr * scale
+    for optimizer, rate in zip(optimizers, rates.values()):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    return rates
 
 
 # -- Checkpoints -----------------------------------------------------------------------------------
@@ -460,16 +478,14 @@ def open_log(path, step):
     return open(path, "a", buffering=1)
 
 
-def start_wandb(cfg):
-    try:
-        import wandb
-    except ImportError:
-        die("--wandb needs: pip install wandb")
-    return wandb.init(project=cfg.wandb, config=vars(cfg))
-
-
-# GPUs' dense bf16 peaks in TFLOP/s (makers' data sheets), for MFU
+# GPUs' dense bf16 peaks in TFLOP/s (makers' data sheets)
 PEAKS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "4090": 165}
+
+
+def find_peak(device):
+    """The device's peak in FLOP/s, for MFU; infinite where it is not known."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    return 1e12 * next((peak for gpu, peak in PEAKS.items() if gpu in name), math.inf)
 
 
 # -- The run ---------------------------------------------------------------------------------------
@@ -491,7 +507,8 @@ def main():
     # data, model and optimizer: new, from pretrained weights, or from this run's own checkpoint
     out, ckpt = Path(cfg.out_dir), Path(cfg.out_dir, "ckpt.pt")
     out.mkdir(parents=True, exist_ok=True)
-    lock = config.lock_file(out / "lock") if RANK == 0 else None  # held to the end
+    if RANK == 0:
+        config.lock_file(out / "lock")
     meta = read_meta(DATA / cfg.dataset)
     model = make_model(cfg, meta)
     cfg.block_size = min(cfg.block_size, model.config.block_size)
@@ -523,7 +540,10 @@ def main():
     if cfg.warmup_iters >= max_iters:
         say(f"warmup_iters={cfg.warmup_iters:,}: the learning rate rises until the run ends")
     log = open_log(out / "log.jsonl", step or -1) if RANK == 0 else None
-    tracker = start_wandb(cfg) if cfg.wandb and RANK == 0 else None
+    tracker = None
+    if cfg.wandb and RANK == 0:
+        import wandb
+        tracker = wandb.init(project=cfg.wandb, config=vars(cfg))
     stop = []  # the signal that asks us to end: save first
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
@@ -542,15 +562,7 @@ def main():
             save_checkpoint(out / "best.pt", state)
         save_checkpoint(ckpt, state | {"optimizers": [o.state_dict() for o in optimizers]})
 
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = 1e12 * next((peak for name, peak in PEAKS.items() if name in gpu), math.inf)
-
-    def read_step(step):
-        """This rank's share: rows step * batch_size + rank, + ranks, ... of the run's order."""
-        numbers = range(step * cfg.batch_size + RANK, (step + 1) * cfg.batch_size, WORLD)
-        return list(read_batches(train_rows, numbers, cfg, device))
-
-    batches, val = read_step(step), math.nan
+    batches, val = read_step(train_rows, step, cfg, device), math.nan
     while True:
         if evaluated != step and (step % cfg.eval_interval == 0 or step == max_iters):
             if val_rows.count():
@@ -575,13 +587,7 @@ def main():
             say(f"asked to stop: saved {ckpt} at step {step:,}; the same command goes on from it")
             break
 
-        scale = learning_rate_scale(step, max_iters, cfg)
-        rates = {"lr": cfg.learning_rate * scale}
-        if cfg.optimizer == "muon":
-            rates["muon_lr"] = cfg.muon_lr * scale
-        for optimizer, rate in zip(optimizers, rates.values()):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        rates = set_learning_rates(optimizers, learning_rate_scale(step, max_iters, cfg), cfg)
         total = torch.zeros((), device=device)
         for batch, n in batches:
             with autocast:
@@ -592,7 +598,7 @@ def main():
         for p in model.parameters():
             sum_over_ranks(p.grad)
         if step + 1 < max_iters:
-            batches = read_step(step + 1)  # while the device works
+            batches = read_step(train_rows, step + 1, cfg, device)  # while the device works
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
         check_finite(norm, f"the gradient at step {step + 1:,}, rows {step * cfg.batch_size:,} to "
                      f"{(step + 1) * cfg.batch_size - 1:,} of the order,", ckpt)
@@ -604,12 +610,12 @@ def main():
         if step % cfg.log_interval == 0 or step in (1, max_iters):
             loss = sum_over_ranks(total).item()
             speed = step_tokens / (time.time() - begun)
-            mfu = speed * model.flops_per_token(cfg.block_size) / (WORLD * peak)
+            mfu = speed * model.flops_per_token(cfg.block_size) / (WORLD * find_peak(device))
             left = timedelta(seconds=round((max_iters - step) * step_tokens / speed))
             say(f"step {step:>6,}/{max_iters:,} | loss {loss:.4f} | lr {rates['lr']:.1e} | norm "
                 f"{norm:.2f} | {speed:,.0f} tok/s | " + f"MFU {mfu:.1%} | " * (mfu > 0)
                 + f"{left} left")
-            record(loss=loss, **rates, norm=norm, tokens_per_second=speed, mfu=mfu or None)
+            record(loss=loss, **rates, norm=norm, tokens_per_second=speed, mfu=mfu)
 
     if WORLD > 1:
         dist.destroy_process_group()
@@ -618,10 +624,7 @@ def main():
 
 def plot_logs(paths):
     """Draw training and validation loss over tokens of each log.jsonl into plot.png."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        die("--plot needs: pip install matplotlib")
+    import matplotlib.pyplot as plt
     for path in paths:
         lines = [x for _, x in config.read_rows(path) if isinstance(x, dict) and "tokens" in x]
         if not lines:
@@ -637,7 +640,6 @@ def plot_logs(paths):
 
 FAULTS = {  # what a RuntimeError says of what a user can mend: how
     "out of memory|allocate memory": "out of memory: halve --micro_batch (it changes no result)",
-    "No working C": "torch.compile wants a C++ compiler (g++): install one, or --compile=no",
     "by peer|Broken pipe|imed out": "another rank has ended or does not answer; the last save "
                                     "is whole, the same command goes on from there"}
 

@@ -3,13 +3,14 @@
 Settings are a script's defaults <- config/file.py <- --key=value. A script declares them on top:
 
     class Settings:
-        max_iters = 600_000                       # optimizer steps
-        decay: ("cosine", "linear") = "cosine"    # of the learning rate
+        max_iters = 600_000  # optimizer steps
+        decay: Literal["cosine", "linear"] = "cosine"  # of the learning rate
+        top_p: (0, 1) = 0.95  # nucleus
 
     cfg = config.load(Settings)      # python train.py config/150m.py --max_iters=20
 
-The default gives the type, the comment the help; after a colon may stand the words that a text can
-be, or the least (and the most) that a number can be. A number without them is at least 0.
+The default gives the type, the comment the help; the annotation, where there is one, the words that
+a text can be, or the least (and the most) that a number can be. Other numbers are at least 0.
 
 A config file is plain assignments and describes one experiment: every script takes from it the
 keys that it knows, so a key that no script knows is a typo and an error. Names that start with `_`
@@ -34,6 +35,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import get_args
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,6 +73,8 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BrokenProcessPool:
         die("a worker was killed (out of memory?): the same command goes on, with fewer --workers")
+    except ModuleNotFoundError as e:  # an optional one
+        die(f"this needs a package that is not installed: pip install {e.name}")
     except OSError as e:  # a full disk, no right to write, no network
         die(f"{e}; what is written so far is kept")
 
@@ -140,7 +144,8 @@ def load(settings, argv=None):
     module = sys.modules[settings.__module__]
     keys = {k: v for k, v in vars(settings).items() if not k.startswith("_")}
     every = {k for p in ROOT.glob("*.py") for k in declared(p)} | set(keys)
-    cfg, allowed = SimpleNamespace(**keys), settings.__annotations__
+    allowed = {k: get_args(v) or v for k, v in settings.__annotations__.items()}
+    cfg = SimpleNamespace(**keys)
 
     def put(key, value, where, known):
         if key not in known:
@@ -213,10 +218,14 @@ def write_whole(path, data):
         tmp.unlink(missing_ok=True)
 
 
+_locked = []  # files that are held open to the end
+
+
 def lock_file(path):
-    """Keep other runs from writing what `path` stands for, as long as the returned file is held;
-    die if another does."""
+    """Keep other runs from writing what `path` stands for until this process ends or closes the
+    returned file; die if another does."""
     file = open(path, "a")
+    _locked.append(file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -269,11 +278,8 @@ def read_rows(path):
 
 
 def open_parquet(path):
-    """pyarrow's ParquetFile, which reads piece by piece; die without pyarrow."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        die(f"{path} is Parquet: pip install pyarrow")
+    """pyarrow's ParquetFile, which reads piece by piece."""
+    import pyarrow.parquet
     return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16)
 
 

@@ -3,6 +3,7 @@ import gzip
 import os
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 from conftest import ROOT, run
@@ -62,8 +63,8 @@ def test_help_lists_every_key_with_its_comment(script, tmp_path):
 
 
 class Settings:
-    decay: ("cosine", "linear") = "cosine"
-    compile: ("auto", "yes", "no") = "auto"
+    decay: Literal["cosine", "linear"] = "cosine"
+    compile: Literal["auto", "yes", "no"] = "auto"
     top_p: (0, 1) = 0.95
     ks: (1,) = (1, 10)
     corpora = ()

@@ -369,7 +369,7 @@ def test_values_that_are_refused(workspace, tmp_path):
         refused("--dataset=text", *TINY, arg, f"--out_dir={tmp_path}", cwd=workspace, says=says)
     if not importlib.util.find_spec("wandb"):
         args = ("--dataset=text", *TINY, "--wandb=x", f"--out_dir={tmp_path}")
-        refused(*args, cwd=workspace, says="--wandb needs: pip install wandb")
+        refused(*args, cwd=workspace, says="pip install wandb")
     if not torch.cuda.is_available():
         refused("--device=cuda", cwd=workspace, says="cuda:0, rank 0 of 1: ")
     (tmp_path / "file").touch()
@@ -546,7 +546,7 @@ def test_muon_moves_along_the_nearest_orthogonal_matrix():
     assert torch.allclose(train.orthogonalize(g.mT), got.mT, atol=1e-4)
     fused = torch.nn.Parameter(g.flatten(0, 1).clone())
     parts = [torch.nn.Parameter(x.clone()) for x in g]
-    fused.grad, grads = torch.randn_like(fused), None
+    fused.grad = torch.randn_like(fused)
     for p, grad in zip(parts, fused.grad.chunk(3)):
         p.grad = grad.clone()
     train.Muon([dict(params=[fused], pieces=3)], lr=0.1).step()
