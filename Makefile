@@ -18,7 +18,7 @@ demo: .venv/ready
 	$(RUN) train.py config/demo_programs.py
 	$(RUN) prepare.py config/demo_edits.py
 	$(RUN) train.py config/demo_edits.py
-	$(RUN) evaluate.py config/demo.py
+	$(RUN) evaluate.py config/demo.py --edit_retries=0,2
 	$(RUN) sample.py config/demo_edits.py
 	@$(RUN) -c "import time; print(f'make demo: {(time.time() - float(open(\".venv/demo-start\").read())) / 60:.1f} min')"
 

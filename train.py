@@ -29,12 +29,13 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import config  # before torch: it says how its threads wait
+from config import LOCAL_RANK, RANK, WORLD, die
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
-import config
-from config import LOCAL_RANK, RANK, WORLD, die
 from model import GPT, GPTConfig
 
 DATA = Path("data")

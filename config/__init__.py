@@ -39,6 +39,11 @@ from typing import get_args
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# On a CPU, OpenMP's threads spin while their partner waits for a core: beside one busy process, for
+# longer than they compute. Read when torch is loaded, so scripts import this before it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's runtime, which torch's wheels bring
+
 # -- Ranks: torchrun's variables, else those that srun gives each task of a step -------------------
 
 if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a batch script has none
@@ -109,7 +114,8 @@ def convert(value, default, allowed=None):
     ValueError, with what it should be, where it does not fit that or what is `allowed`."""
     if isinstance(default, tuple):  # comma-separated on the command line
         values = [v for v in value.split(",") if v] if isinstance(value, str) else value
-        if not isinstance(values, (list, tuple)) or default and not values:
+        values = values if isinstance(values, (list, tuple)) else [values]
+        if default and not values:
             raise ValueError(f"is no list like {default!r}")
         return tuple(convert(v, default[0] if default else "", allowed) for v in values)
     kind = type(default)

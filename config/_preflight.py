@@ -13,7 +13,8 @@ import config
 
 TOKENS = 72e9  # two epochs over 36 billion (arXiv 2410.02749)
 SPEED = {"150m": 104_000, "400m": 35_000}  # tokens/s of one H100, the paper's rate
-DISK = 250e9  # bytes: both corpora as Parquet, their tokens (72 GB, twice for a while), checkpoints
+DATA = 200e9  # bytes under data/: tokens (72 GB, twice while they are joined), checkpoints
+HUB = 120e9  # bytes under HF_HOME: both corpora as Parquet
 
 
 def main():
@@ -25,8 +26,8 @@ def main():
     hours = TOKENS / (gpus * SPEED[name]) / 3600
     print(f"make {name} GPUS={gpus}: prepare, pretrain, edits, finetune twice, evaluate, export\n"
           f"  each step goes on where it stopped; `make -n {name} GPUS={gpus}` shows them\n"
-          f"  disk: about {DISK / 1e9:.0f} GB under data/ ({there / 1e9:.1f} GB there, "
-          f"{free / 1e9:.0f} GB free)\n"
+          f"  disk: about {DATA / 1e9:.0f} GB under data/ ({there / 1e9:.1f} GB there, "
+          f"{free / 1e9:.0f} GB free), {HUB / 1e9:.0f} GB of downloads under HF_HOME\n"
           f"  time: about {hours:.0f} hours of pretraining at the paper's {SPEED[name]:,} tokens/s "
           "a GPU;\n"
           "        tokenizing is about 4 core-hours, finetuning a few hours")
@@ -45,8 +46,8 @@ def main():
     if not huggingface_hub.get_token() and not Path("data/pretrain/meta.json").is_file():
         config.die("no Hugging Face token: accept the terms on https://huggingface.co/datasets/"
                    "bigcode/the-stack and set HF_TOKEN to a token of that account")
-    if free + there < DISK:
-        config.die(f"about {(DISK - there - free) / 1e9:.0f} GB of disk are missing: make room, or "
+    if free + there < DATA:
+        config.die(f"about {(DATA - there - free) / 1e9:.0f} GB of disk are missing: make room, or "
                    "make data/ a link to a larger disk")
 
 

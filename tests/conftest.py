@@ -13,10 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import config  # noqa: E402,F401  before torch: it says how its threads wait
+import torch  # noqa: E402
 torch.set_num_threads(2)
 
 

@@ -33,7 +33,7 @@ def test_defaults_file_then_command_line(tmp_path):
     (["--seed=-1"], "seed='-1' is not at least 0"),
     (["--learning_rate=nan"], "is not at least 0"),
     (["--batch_size=0"], "is not at least 1"),
-    (["--beta1=1.5"], "is not at least 0 and at most 1"),
+    (["--beta1=1.5"], "is not at least 0 and at most 0.99999"),
     (["config/dem.py"], "no such config file; the nearest is config/demo.py"),
     (["config/mine.txt"], "a config file lives in a folder named config/"),
 ])
@@ -73,7 +73,7 @@ class Settings:
 @pytest.mark.parametrize("args, key, value", [
     (["--compile=True"], "compile", "yes"), (["--compile"], "compile", "yes"), (["--compile=0"], "compile", "no"),
     (["--decay=linear"], "decay", "linear"), (["--top_p=0"], "top_p", 0.0), (["--top_p=1"], "top_p", 1.0),
-    (["--ks=1,5,1e2"], "ks", (1, 5, 100)),
+    (["--ks=1,5,1e2"], "ks", (1, 5, 100)), (['--ks=7'], 'ks', (7,)),
     (["--corpora=a,b"], "corpora", ("a", "b")), (["--corpora="], "corpora", ())])
 def test_choices_and_ranges_take_what_fits(args, key, value):
     assert getattr(config.load(Settings, args), key) == value

@@ -108,7 +108,7 @@ def load(shape, share, ours, theirs, device):
         enc = prepare.get_tokenizer(str(path))
     prompts, texts = [], []
     for row in rows[::share]:
-        prompt = prepare.encode_prompt(enc, "edits", evaluate.problem(row)["instruction"])
+        prompt = prepare.encode_prompt(enc, "edits", evaluate.make_problem(row)["instruction"])
         for n in range(10):
             edits = lintseq.lintseq(row["prompt"] + row["canonical_solution"], random.Random(n))
             text = lintseq.training_text("", edits)[1]
