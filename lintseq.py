@@ -432,7 +432,7 @@ def training_text(instruction, edit_path):
     return f"{instruction}\n{DIFF}", f"\n{DIFF}".join(edit_path) + f"\n{DIFF}\n{DIFF}{END}"
 
 
-HUNK = re.compile(r"^(@@.*)\n((?:(?!@@).*\n)*)", re.M)
+HUNK = re.compile(r"^(.*)\n((?:(?!@@).*\n)*)", re.M)
 HEADER = re.compile(r"@@ -(\d{1,9})(?:,(\d{1,9}))? \+\d{1,9}(?:,(\d{1,9}))? @@")
 
 
@@ -444,7 +444,6 @@ def apply_edit(lines, text, report):
     linear in the text). One whose counts do not fit its lines is applied as it stands: it is the
     lines that a model means. Both are malformed, and so is a hunk with any line in it that is no
     insertion (or deletion or context that fits; the format has none, some models do)."""
-    report["malformed"] += not text.startswith("@@")
     shift = 0  # how far the hunks before have moved the rest
     for header, body in HUNK.findall(text + "\n"):
         report["hunks"] += 1

@@ -794,7 +794,7 @@ def main():
             "--corpora=… (files of text), or --instruct=… with --source=…; --help lists all", 2)
     folder = DATA / cfg.dataset
     folder.mkdir(parents=True, exist_ok=True)
-    config.lock_file(folder / f".lock{RANK}")
+    lock = config.lock_file(folder / f".lock{RANK}")  # noqa: F841  held to the end
     new = cfg.instruct and not Path(cfg.source).is_file()
     if new and RANK == 0:
         write_instruct(cfg)

@@ -92,14 +92,14 @@ def join_ranks(cfg):
     name = cfg.device
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
     try:
+        device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
         torch.zeros(1, device=device)
         if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo",
                                     timeout=timedelta(minutes=10))
     except Exception as e:  # no such device, no such driver, an address that is taken
-        die(f"{device}, rank {RANK} of {WORLD}: {e!r:.200}")
+        die(f"device {name}, rank {RANK} of {WORLD}: {e!r:.200}")
     if name == "cuda":
         torch.cuda.set_device(device)
     elif name == "cpu":
@@ -508,8 +508,7 @@ def main():
     # data, model and optimizer: new, from pretrained weights, or from this run's own checkpoint
     out, ckpt = Path(cfg.out_dir), Path(cfg.out_dir, "ckpt.pt")
     out.mkdir(parents=True, exist_ok=True)
-    if RANK == 0:
-        config.lock_file(out / "lock")
+    lock = config.lock_file(out / f"lock{RANK or ''}")  # noqa: F841  held to the end
     meta = read_meta(DATA / cfg.dataset)
     model = make_model(cfg, meta)
     cfg.block_size = min(cfg.block_size, model.config.block_size)
@@ -618,9 +617,10 @@ def main():
                 + f"{left} left")
             record(loss=loss, **rates, norm=norm, tokens_per_second=speed, mfu=mfu)
 
-    if WORLD > 1:
-        dist.destroy_process_group()
-    raise SystemExit(128 + stop[0] if stop else 0)
+    if tracker:
+        tracker.finish()
+    sys.stdout.flush()
+    os._exit(128 + stop[0] if stop else 0)  # gloo's threads may abort a process that tears down
 
 
 def plot_logs(paths):
@@ -641,8 +641,9 @@ def plot_logs(paths):
 
 FAULTS = {  # what a RuntimeError says of what a user can mend: how
     "out of memory|allocate memory": "out of memory: halve --micro_batch (it changes no result)",
-    "by peer|Broken pipe|imed out": "another rank has ended or does not answer; the last save "
-                                    "is whole, the same command goes on from there"}
+    "No working C": "torch.compile wants a C++ compiler (g++): install one, or --compile=no",
+    "by peer|Broken pipe|imed out":
+        "another rank has ended: the same command goes on from the last save"}
 
 if __name__ == "__main__":
     try:

@@ -102,7 +102,7 @@ def declared(path):
 def describe(allowed):
     """A key's words or range, in words."""
     if isinstance(allowed[0], str):
-        return " or ".join(allowed)
+        return " or ".join(filter(None, allowed))
     return f"at least {allowed[0]}" + (f" and at most {allowed[1]}" if len(allowed) > 1 else "")
 
 
@@ -224,14 +224,10 @@ def write_whole(path, data):
         tmp.unlink(missing_ok=True)
 
 
-_locked = []  # files that are held open to the end
-
-
 def lock_file(path):
-    """Keep other runs from writing what `path` stands for until this process ends or closes the
-    returned file; die if another does."""
+    """Keep other runs from writing what `path` stands for, as long as the returned file is held;
+    die if another does."""
     file = open(path, "a")
-    _locked.append(file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

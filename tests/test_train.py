@@ -356,7 +356,7 @@ def test_values_that_are_refused(workspace, tmp_path):
             *((f"--{key}=0", "is not at least 1") for key in counts),
             ("--decay=constant", "is not cosine or linear"), ("--decay=LINEAR", "is not cosine"),
             ("--optimizer=sgd", "is not adamw or muon"), ("--dtype=fp16", "is not auto or bfloat"),
-            ("--compile=maybe", "is not auto or yes or no"), ("--device=tpu", "is not auto or "),
+            ("--compile=maybe", "is not auto or yes or no"), ("--device=tpu", "device tpu, rank 0"),
             ("--min_lr=2", "is not at least 0 and at most 1"), ("--seed=-1", "is not at least 0"),
             ("--beta1=1", "at least 0 and at most 0.99999"), ("--beta2=1", "at most 0.99999"),
             ("--learning_rate=nan", "is not at least 0"), ("--muon_lr=-1", "is not at least 0"),
@@ -371,7 +371,7 @@ def test_values_that_are_refused(workspace, tmp_path):
         args = ("--dataset=text", *TINY, "--wandb=x", f"--out_dir={tmp_path}")
         refused(*args, cwd=workspace, says="pip install wandb")
     if not torch.cuda.is_available():
-        refused("--device=cuda", cwd=workspace, says="cuda:0, rank 0 of 1: ")
+        refused("--device=cuda", cwd=workspace, says="device cuda, rank 0 of 1: ")
     (tmp_path / "file").touch()
     refused("--dataset=text", *TINY, f"--out_dir={tmp_path}/file", cwd=workspace, says="file")
 
