@@ -16,10 +16,11 @@ loses its header, or a header its block: the syntax tree tells. Or a name loses 
 pass of pyflakes over the whole program finds, for each use of a name, the statements any one of
 which satisfies it. So the program is a graph of what needs what, and a line's fall takes along what
 needs it, and what needs that. This closure is what deleting and linting in turn arrive at, for a
-use is reported in a state just when the last statement that satisfies it has fallen. The graph is
-never looser than pyflakes, and stricter in rare cases: after `del x` a use needs a later x, though
-the `del` may fall; a name that a function assigns is not looked for outside of it; a `try` falls
-with its handler of NameError. Drawing the next sequence of the same program costs no new pass.
+use is reported in a state just when the last statement that satisfies it has fallen. In rare cases
+the graph is stricter than pyflakes: after `del x` a use needs a later x, though the `del` may fall;
+a name that a function assigns is not looked for outside of it; a `try` falls with its handler of
+NameError. The tests look for cases in which it is looser. Drawing the next sequence of the same
+program costs no new pass.
 
 Where this differs from the published generator, and why it is better data: it deletes statements,
 not lines. A call over five lines, a triple-quoted text, a decorated `def`, a line continued by a
@@ -277,8 +278,11 @@ class NeedsOfNames(Checker):
 
     def bind(self, scope, value, unit):
         old, is_annotation = scope.get(value.name, Unbound), isinstance(value, checker.Annotation)
-        if old.declared and is_annotation or getattr(old, "fullName", "").startswith("typing"):
-            value = copy(old)  # its kind stays: where others fall, strings may be annotations again
+        # What was imported from typing stays of that kind: where others have fallen, strings may be
+        # annotations again
+        kind = self.scopeStack[0].get(value.name, old)
+        if old.declared and is_annotation or getattr(kind, "fullName", "").startswith("typing"):
+            value = copy(kind)
         value.declared = [self.program.group([unit, *old.declared])]
         value.bound = old.bound if is_annotation else [self.program.group([unit, *old.bound])]
         scope[value.name] = value
@@ -312,7 +316,8 @@ class NeedsOfNames(Checker):
         name, scope = checker.getNodeName(node), self.scope
         if not name:
             return
-        found, direct = [], True  # bindings; whether names of a class around it are in sight
+        found = []  # bindings
+        direct = True  # whether the names of a class around it are in sight
         for s in reversed(self.scopeStack):
             in_class = isinstance(s, ClassScope)
             if in_class and (name == "__class__"
@@ -321,7 +326,8 @@ class NeedsOfNames(Checker):
             if name in s and (direct or not in_class):
                 found.append(s[name])
             direct &= isinstance(s, (checker.TypeScope, checker.ComprehensionScope))
-        unit, key = self.unit_of(node), (id(scope), name)
+        unit = self.unit_of(node)
+        key = id(scope), name
         nodes = sum((binding.bound for binding in found), [])
         if nodes and not scope.get(name, Unbound).bound:
             self.read_outside[key].append(unit)
@@ -388,7 +394,8 @@ def lintseq(source, rng):
     come in with the last edit (as published). ValueError, SyntaxError or RecursionError, with the
     reason, where this cannot be done."""
     program = read_program(source)
-    supports, falls, broken = program.supports[:], [], program.broken
+    supports, broken = program.supports[:], program.broken
+    falls = []
     for line in sorted(program.code, key=lambda line: rng.random()):  # all that are left are alike
         unit = program.unit_at[line]
         if supports[unit] > 0:
@@ -401,7 +408,8 @@ def randseq(source, rng):
     """The paper's ablation: each edit is a random set of the lines of code that are left, whatever
     a linter says."""
     program = read_program(source)
-    left, falls = rng.sample(program.code, len(program.code)), []
+    left = rng.sample(program.code, len(program.code))
+    falls = []
     while left:
         falls.append([left.pop() for _ in range(rng.randint(1, len(left)))])
     falls[-1] += set(range(len(program.lines))) - set(program.code)
@@ -413,7 +421,8 @@ def edits(lines, falls):
     by step."""
     present, texts = [], []
     for fallen in reversed(falls):
-        hunks, line = [], 1
+        hunks = []
+        line = 1  # numbers begin with 1; grows by the lines that came before
         for before, group in groupby(sorted(fallen), partial(bisect, present)):
             new = [f"\n+{lines[i]}" for i in group]
             count = f",{len(new)}" if len(new) > 1 else ""
@@ -447,14 +456,16 @@ def apply_edit(lines, text, report):
     shift = 0  # how far the hunks before have moved the rest
     for header, body in HUNK.findall(text + "\n"):
         report["hunks"] += 1
-        match, body = HEADER.fullmatch(header), body.split("\n")[:-1]
+        match = HEADER.fullmatch(header)
+        body = body.split("\n")[:-1]
         if match:
             start, minus, plus = map(int, match.groups("1"))
             at = start - (minus > 0) + shift
         if not match or not 0 <= at <= len(lines) <= MAX_LINES - len(body):
             report["malformed"] += 1
             continue
-        new, n, sound = [], 0, True
+        new, sound = [], True
+        n = 0  # lines of the old program that it names
         for line in body:
             if line.startswith("+"):
                 new.append(line[1:])
@@ -552,7 +563,8 @@ def convert(cfg):
     settings = [cfg.source, source.stat().st_size, cfg.samples, cfg.seed, cfg.method]
     dest.parent.mkdir(parents=True, exist_ok=True)
     with config.lock_file(dest) as out, open(f"{dest}.skipped.jsonl", "a") as skipped:
-        files, state = (out, skipped), Path(f"{dest}.state.json")
+        files = out, skipped
+        state = Path(f"{dest}.state.json")
         try:
             found = out.tell() or state.exists()
             was, sizes, counts = json.loads(state.read_bytes()) if found else (settings, [0, 0], {})
@@ -571,7 +583,8 @@ def convert(cfg):
             sizes = [f.tell() for f in files]  # it flushes
             config.write_whole(state, json.dumps([settings, sizes, counts]).encode())
 
-        total, done = sum(1 for _ in read_source(source)), counts["rows"]
+        total = sum(1 for _ in read_source(source))
+        done = counts["rows"]
         rows = make_all_rows(islice(read_source(source), done, None), cfg)
         for text, tally in tqdm(rows, total=total, initial=done, unit=" programs"):
             if counts["rows"] % 1000 == 0:

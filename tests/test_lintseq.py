@@ -186,6 +186,9 @@ TRICKY = {
     "typing shadowed":
         "from typing import cast\ndef cast(a, b):\n    return b\ncast('int', 1)\n"
         "cast('no_name', 1)\n",
+    "typing shadowed in a function":
+        "from typing import cast\ndef f():\n    from mine import cast\n"
+        "    return cast('no_name', 1)\n",
     "a star and an annotation": "from os.path import *\nx: int\nx = 1\nprint(x, join)\n",
     "walrus":
         "if (n := 1) > 2: pass\nwhile (m := n):\n    print([k := m for _ in [1]], k)\n"
@@ -205,7 +208,7 @@ if sys.version_info >= (3, 12):
 
 # where the graph is stricter than pyflakes on the whole program
 STRICT = {"a local hidden by a comprehension", "a local read between imports",
-          "globals and annotations", "typing shadowed"}
+          "globals and annotations", "typing shadowed", "typing shadowed in a function"}
 
 
 @pytest.mark.parametrize("name", TRICKY)
