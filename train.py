@@ -35,8 +35,9 @@ from config import LOCAL_RANK, RANK, WORLD, die
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists: its defaults would keep gloo's threads alive
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, find_pretrained
 
 DATA = Path("data")
 
@@ -301,15 +302,14 @@ def make_model(cfg, meta):
                                  cfg.n_hidden))
         except ValueError as e:
             die(e)
-    folder, ckpt = Path(cfg.pretrained), Path(cfg.pretrained, "ckpt.pt")
     try:
-        if ckpt.exists():
-            theirs = read_checkpoint(ckpt)["meta"]["fingerprint"]
+        folder = find_pretrained(cfg.pretrained)
+        if (folder / "ckpt.pt").exists():
+            theirs = read_checkpoint(folder / "ckpt.pt")["meta"]["fingerprint"]
         else:
             import prepare
-            file = str(folder / "tokenizer.json") if folder.is_dir() else cfg.pretrained
-            theirs = prepare.fingerprint(prepare.get_tokenizer(file))
-        model = GPT.from_pretrained(cfg.pretrained)
+            theirs = prepare.fingerprint(prepare.get_tokenizer(str(folder / "tokenizer.json")))
+        model = GPT.from_pretrained(folder)
     except (OSError, ValueError) as e:
         die(f"pretrained={cfg.pretrained}: {e}")
     if theirs != meta["fingerprint"]:
@@ -617,10 +617,9 @@ def main():
                 + f"{left} left")
             record(loss=loss, **rates, norm=norm, tokens_per_second=speed, mfu=mfu)
 
-    if tracker:
-        tracker.finish()
-    sys.stdout.flush()
-    os._exit(128 + stop[0] if stop else 0)  # gloo's threads may abort a process that tears down
+    if WORLD > 1:
+        dist.destroy_process_group()
+    raise SystemExit(128 + stop[0] if stop else 0)
 
 
 def plot_logs(paths):
