@@ -46,7 +46,7 @@ class Settings:
     out_dir = "out"  # checkpoints and log.jsonl go there
     dataset = "pretrain"  # data/<dataset>
     pretrained = ""  # finetuning: a folder with ckpt.pt or a Hugging Face model to start from
-    seed = 1337  # of the weights and of the order of the data
+    seed: (0, 4_294_967_295) = 1337  # of the weights and of the order of the data
     # the model (from `pretrained` where that is set)
     block_size: (1,) = 1024  # tokens in a row
     n_layer: (1,) = 12  # blocks
