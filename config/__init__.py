@@ -30,6 +30,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -70,6 +71,7 @@ def die(message, status=1):
 
 def run(main):
     """main(), where what a user can cause or mend ends it with one line."""
+    warnings.simplefilter("ignore", SyntaxWarning)  # what the parser says of others' programs
     try:
         main()
     except KeyboardInterrupt:
