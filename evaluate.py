@@ -368,7 +368,7 @@ def build_program(form, p, row):
 def judge(cfg, p, row, form):
     """A sample's verdict and what its program is like, as new fields of its row; None where the
     row has the verdict on this program by these tests under these limits."""
-    import lintseq
+    import sample
     completion, program, source, counts = build_program(form, p, row)
     verdict = digest(program, p["tests"], cfg.timeout, cfg.memory_mb)
     if row.get("verdict") == verdict:
@@ -376,10 +376,9 @@ def judge(cfg, p, row, form):
     result = Result(False, "no room", "the prompt fills the model's block_size")
     if row["raw"] is not None:
         result = run_program(program + "\n", cfg.timeout, cfg.memory_mb, p["tests"], cfg.unsafe)
-    parses = parse(source) is not None
     return {"sample": row["sample"], "completion": completion, **result._asdict(),
-            "verdict": verdict, "parses": parses,
-            "lint_clean": parses and not lintseq.lint(source), **counts}
+            "verdict": verdict, "parses": parse(source) is not None,
+            "lint_clean": not sample.has_errors(source), **counts}
 
 
 def judge_samples(cfg, journal, samples, form):
@@ -712,8 +711,9 @@ def run_child(source, tests, timeout, memory_mb, module, folder, isolated, repor
             exec(tests, space)
             verdict = None
         except BaseException as e:
-            verdict = {AssertionError: b"failed", MemoryError: b"memory",
-                       SystemExit: b"exited"}.get(type(e), b"error")
+            verdict = (b"failed" if isinstance(e, AssertionError) else
+                       b"memory" if isinstance(e, MemoryError) else
+                       b"exited" if isinstance(e, SystemExit) else b"error")
             try:
                 verdict += f"\n{type(e).__name__}: {e}"[:201].encode(errors="replace")
             except BaseException:  # str(e) is the program's own code

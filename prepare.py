@@ -119,15 +119,15 @@ class PublishedTokenizer:
     def __init__(self, path):
         from tokenizers import Tokenizer
         try:
-            self.library = Tokenizer.from_file(path)
-            self.library.no_truncation()
-            self.library.no_padding()
+            self.bpe = Tokenizer.from_file(path)
+            self.bpe.no_truncation()
+            self.bpe.no_padding()
             self._special_tokens = {
-                token.content: i for i, token in self.library.get_added_tokens_decoder().items()}
+                token.content: i for i, token in self.bpe.get_added_tokens_decoder().items()}
             self.eot_token = self._special_tokens[EOT]
             self._mergeable_ranks = {
                 bytes(map(BYTES.__getitem__, token)): i for token, i
-                in self.library.get_vocab().items() if token not in self._special_tokens}
+                in self.bpe.get_vocab().items() if token not in self._special_tokens}
         except Exception as e:  # the library's errors have no type of their own
             raise ValueError(f"{path}: no byte-level BPE with {EOT} ({e})") from None
         token_bytes = {i: token for token, i in self._mergeable_ranks.items()} | {
@@ -137,8 +137,8 @@ class PublishedTokenizer:
 
     def encode(self, text, *, allowed_special=()):
         """Token ids; special tokens in the text are text, unless allowed_special is "all"."""
-        self.library.encode_special_tokens = allowed_special != "all"
-        return self.library.encode(text, add_special_tokens=False).ids
+        self.bpe.encode_special_tokens = allowed_special != "all"
+        return self.bpe.encode(text, add_special_tokens=False).ids
 
     encode_ordinary = encode
 
@@ -700,7 +700,7 @@ def write_examples(folder, enc, cfg, path):
 def tokenizer_json(enc):
     """The text of a tokenizer.json that gives `enc`'s ids, for Hugging Face's libraries."""
     if isinstance(enc, PublishedTokenizer):
-        return enc.library.to_str()
+        return enc.bpe.to_str()
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     vocab = {"".join(map(LETTERS.__getitem__, token)): i
              for token, i in enc._mergeable_ranks.items()}
@@ -718,10 +718,9 @@ def tokenizer_json(enc):
 def export(cfg):
     """A checkpoint as a folder that Hugging Face's libraries load: weights, config, tokenizer and a
     model card."""
-    import torch
-    from model import GPT
+    from model import GPT, load_file
     try:
-        checkpoint = torch.load(f"{cfg.export}/ckpt.pt", "cpu", weights_only=True)
+        checkpoint = load_file(Path(cfg.export, "ckpt.pt"))
         meta, model = checkpoint["meta"], GPT.from_checkpoint(checkpoint)
         enc = get_tokenizer(meta["tokenizer"])
     except Exception as e:

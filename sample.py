@@ -40,7 +40,7 @@ def find_checkpoint():
     """The folder of the out*/ckpt.pt that was written last, or one line on how to get one."""
     newest = max(Path().glob("out*/ckpt.pt"), key=lambda path: path.stat().st_mtime, default=None)
     return str(newest.parent) if newest else die(
-        "no checkpoint (out*/ckpt.pt) yet: `make demo` trains one in a quarter of an hour, "
+        "no checkpoint (out*/ckpt.pt) yet: `make demo` trains one in ten minutes, "
         "or name a folder or a Hugging Face model with --init_from")
 
 

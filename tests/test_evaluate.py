@@ -48,6 +48,7 @@ class Model:
     def state_dict(self): return {}
     def num_params(self): return 1000
     def flops_per_token(self, length): return 6 * 1000 + length
+def has_errors(program): return False
 def load_model(name, device="auto", dtype="auto"):
     form = "text" if "pretrained" in name else "edits"
     return Model(), Encoding(), {"form": form, "step": 7, "fingerprint": "1"}
@@ -593,6 +594,20 @@ def test_a_test_that_calls_nothing_is_refused(tmp_path, test):
                              cwd=tmp_path)
     assert status == 1 and error.count("\n") == 1
     assert "own.jsonl: the test of own/0 passes whatever f does" in error
+
+
+def test_programs_that_the_linter_fails_on_are_judged_all_the_same(tmp_path):
+    """pyflakes itself raises on the first and runs out of stack on the second; both pass."""
+    write_jsonl(tmp_path / "own.jsonl", [OWN[1]])
+    programs = ["from os import __all__\n__all__ += ['f']\ndef f(x): return x + 1\n",
+                f"def f(x): return x + {'+'.join('1' * 900)} - 899\n"]
+    write_jsonl(tmp_path / "in.jsonl", [{"task_id": OWN[1]["task_id"], "completion": program}
+                                        for program in programs])
+    status, out, error = run("evaluate.py", "--completions=in.jsonl", "--benchmark=own.jsonl",
+                             "--results=out", "--ks=1", cwd=tmp_path)
+    assert status == 0, error
+    assert [(r["passed"], r["parses"], r["lint_clean"]) for r in rows(
+        tmp_path / "out/samples.jsonl")] == [(True, True, False)] * 2
 
 
 def test_check_is_found_however_it_is_written(tmp_path):

@@ -121,6 +121,10 @@ while True:
         "import os\nif os.fork(): os._exit(0)\nos.setsid()\nf = lambda x: 2"),
     "fills shared memory": ("error",
         "f = open('/dev/shm/big', 'wb')\nwhile True: f.write(bytes(1 << 20))"),
+    "own kinds of assertions": ("failed",
+        "class Mine(AssertionError): pass\ndef f(x): raise Mine"),
+    "own kinds of memory errors": ("memory",  # numpy's is one
+        "class Mine(MemoryError): pass\ndef f(x): raise Mine"),
     "segfault": ("killed", "import ctypes; ctypes.string_at(0)"),
     "abort": ("killed", "import os; os.abort()"),
     "threads that never end": ("failed", """

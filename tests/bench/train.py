@@ -15,7 +15,6 @@ where the time goes by kinds of kernels. Prints a table, which --out=FILE keeps 
 import argparse
 import json
 import multiprocessing
-import os
 import shutil
 import statistics
 import sys
@@ -81,7 +80,6 @@ def on_cpu(pipe, what, shape, dtype):
     what it spent it on."""
     # ours has it unless its name says "plain memory", the peer where its name says "our memory"
     kept = what.startswith("ours") != ("memory" in what)
-    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(kept))
     if kept:
         keep_freed_memory()
     device = torch.device("cpu")
