@@ -108,8 +108,8 @@ class Program:
             raise ValueError("a carriage return within a line")
         if source.count("\n") >= MAX_LINES:
             raise ValueError(f"more than {MAX_LINES} lines")
-        self.tree = ast.parse(source)
-        if not self.tree.body:
+        tree = ast.parse(source)
+        if not tree.body:
             raise ValueError("no line of code")
         self.lines = source.split("\n")
         self.unit_at = [None] * len(self.lines)  # the unit that a line falls with
@@ -119,11 +119,11 @@ class Program:
         self.broken = set()  # units with an error from the start
         self.is_free = [line.strip()[:1] in ("", "#") for line in self.lines]  # blank, a comment
         self.add_node(1)
-        self.add_block(self.tree.body, MODULE)
+        self.add_block(tree.body, MODULE)
         self.claim(MODULE, 0, len(self.lines) - 1)
         self.code = [i for i, unit in enumerate(self.unit_at)  # the lines that can be drawn
                      if unit != MODULE and not self.is_free[i]]
-        NeedsOfNames(self)
+        NeedsOfNames(self, tree, source)
 
     def add_node(self, supports):
         self.lines_of.append([])
@@ -244,17 +244,21 @@ class NeedsOfNames(Checker):
     an empty list where there is nothing else. The methods are called as those of the same names in
     pyflakes, which show what there is to a name."""
 
-    def __init__(self, program):
+    def __init__(self, program, tree, source):
         self.program = program
         self.uses = []  # (unit, nodes of which it needs one, (scope, name))
         self.stored = set()  # (scope, name) that a function assigns somewhere
         self.read_outside = defaultdict(list)  # {(scope, name): units that use it before that}
         self.future = []  # the node of `from __future__ import annotations`
         self.without_future = False  # an annotation is looked at as if that had fallen
-        super().__init__(program.tree, withDoctest=False)
+        if "typing" not in source:  # then no argument of a call is a type
+            self.CALL = self.handleChildren
+        super().__init__(tree, withDoctest=False)
 
     # What pyflakes' constructor would bind one by one
     builtIns = property(lambda self: self.scope.update(BUILTINS) or (), lambda self, names: None)
+
+    futuresAllowed = True  # until pyflakes says otherwise, after the first statement
 
     def unit_of(self, node):
         return self.program.unit_at[node.lineno - 1]
@@ -284,7 +288,10 @@ class NeedsOfNames(Checker):
         if old.declared and is_annotation or getattr(kind, "fullName", "").startswith("typing"):
             value = copy(kind)
         value.declared = [self.program.group([unit, *old.declared])]
-        value.bound = old.bound if is_annotation else [self.program.group([unit, *old.bound])]
+        value.bound = (
+            old.bound if is_annotation else
+            value.declared if old.bound == old.declared else
+            [self.program.group([unit, *old.bound])])
         scope[value.name] = value
 
     def handleNodeStore(self, node):
@@ -316,7 +323,7 @@ class NeedsOfNames(Checker):
         name, scope = checker.getNodeName(node), self.scope
         if not name:
             return
-        found = []  # bindings
+        nodes, declared = [], []  # of the bindings in sight: bound, declared
         direct = True  # whether the names of a class around it are in sight
         for s in reversed(self.scopeStack):
             in_class = isinstance(s, ClassScope)
@@ -324,26 +331,26 @@ class NeedsOfNames(Checker):
                              or s is scope and name in checker.DetectClassScopedMagic.names):
                 return
             if name in s and (direct or not in_class):
-                found.append(s[name])
+                nodes += s[name].bound
+                declared += s[name].declared
             direct &= isinstance(s, (checker.TypeScope, checker.ComprehensionScope))
         unit = self.unit_of(node)
         key = id(scope), name
-        nodes = sum((binding.bound for binding in found), [])
         if nodes and not scope.get(name, Unbound).bound:
             self.read_outside[key].append(unit)
-        # Python 2's `print >> x`; what a handler of NameError covers; what a star may have imported
-        if name == "print" and isinstance(getattr(parent, "op", None), ast.RShift):
-            self.program.broken.add(unit)
+        # What a handler of NameError covers; what a star may have imported; Python 2's `print >> x`
         if "NameError" in self.exceptHandlers[-1]:
             nodes.append(MODULE)
-        if all(binding.bound == binding.declared for binding in found):
+        elif nodes == declared:
             nodes += self.scopeStack[0].get("*", Unbound).bound
+        if name == "print" and isinstance(getattr(parent, "op", None), ast.RShift):
+            self.program.broken.add(unit)
         # An annotation has two needs: one for the states with that import, one for those without
         if self.future and (self.without_future
                             or self._in_annotation == checker.AnnotationState.BARE):
             self.uses.append((unit, nodes + self.future, key))
         if self._in_postponed_annotation:
-            nodes = sum((binding.declared for binding in found), nodes)
+            nodes = nodes + declared
         if not self.without_future:
             self.uses.append((unit, nodes, key))
 
