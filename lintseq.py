@@ -4,6 +4,7 @@ format both ways.
     python lintseq.py some_file.py                                    # one edit sequence of a file
     python lintseq.py --source=in.jsonl --dest=out.jsonl --samples=5  # instruction data, all cores
     torchrun --nproc_per_node=4 lintseq.py config/finetune_150m.py    # or srun: each rank its share
+    cat data/edits.jsonl.*-of-4 > data/edits.jsonl                    # ranks write a file each
 
 LintSeq works backward: while lines of code are left, draw one uniformly, delete it and whatever its
 deletion breaks (its indented children; then every line where the linter, pyflakes, reports an
@@ -47,7 +48,7 @@ from pyflakes.checker import Checker, ClassScope, FunctionScope
 
 import config
 
-DIFF, END = "<|diff|>", "<|endoftext|>"
+DIFF, EOT = "<|diff|>", "<|endoftext|>"
 MAX_LINES = 100_000  # of a program
 
 
@@ -120,7 +121,7 @@ class Program:
         self.is_free = [line.strip()[:1] in ("", "#") for line in self.lines]  # blank, a comment
         self.add_node(1)
         self.add_block(tree.body, MODULE)
-        self.claim(MODULE, 0, len(self.lines) - 1)
+        self.assign_lines(MODULE, 0, len(self.lines) - 1)
         self.code = [i for i, unit in enumerate(self.unit_at)  # the lines that can be drawn
                      if unit != MODULE and not self.is_free[i]]
         NeedsOfNames(self, tree, source)
@@ -131,7 +132,7 @@ class Program:
         self.supports.append(supports)
         return len(self.supports) - 1
 
-    def group(self, nodes):
+    def any_of(self, nodes):
         """The node that stands as long as one of these does."""
         nodes = set(nodes)
         if len(nodes) == 1:
@@ -143,9 +144,9 @@ class Program:
 
     def need(self, unit, nodes):
         """Let a unit stand only as long as one of these nodes does."""
-        self.dependents[self.group(nodes)].add(unit)
+        self.dependents[self.any_of(nodes)].add(unit)
 
-    def claim(self, unit, first, last):
+    def assign_lines(self, unit, first, last):
         """Let the lines from `first` to `last` that have no unit fall with this one."""
         for i in range(first, last + 1):
             if self.unit_at[i] is None:
@@ -163,31 +164,31 @@ class Program:
                 self.need(unit, [parent])
                 units.append(unit)
             self.add_clauses(node, unit, first)
-            self.claim(unit, first, node.end_lineno - 1)
+            self.assign_lines(unit, first, node.end_lineno - 1)
         self.need(parent, units)
 
-    def add_clauses(self, node, main, at):
-        """Add the clauses of a compound statement (a simple one has none), with their blocks. Its
-        first is the unit `main`, its first line `at`."""
+    def add_clauses(self, node, first_unit, next_line):
+        """Add the clauses of a compound statement (a simple one has none), with their blocks. The
+        first clause is `first_unit`; `next_line` is where the next one is looked for."""
         units = defaultdict(list)
         if isinstance(node, ast.Match):
-            at = node.subject.end_lineno
-            while not self.lines[at].lstrip().startswith("case"):
-                at += 1
+            next_line = node.subject.end_lineno
+            while not self.lines[next_line].lstrip().startswith("case"):
+                next_line += 1
         for kind, body in clauses_of(node):
-            unit = main
+            unit = first_unit
             if kind != "first":
-                while self.is_free[at]:
-                    at += 1
+                while self.is_free[next_line]:
+                    next_line += 1
                 unit = self.add_node(1)
-                self.need(unit, [main])
+                self.need(unit, [first_unit])
             units[kind].append(unit)
             if not self.lines[body[0].lineno - 1][:body[0].col_offset].strip():  # not `if x: y`
                 self.add_block(body, unit)
-            self.claim(unit, at, body[-1].end_lineno - 1)
-            at = body[-1].end_lineno
+            self.assign_lines(unit, next_line, body[-1].end_lineno - 1)
+            next_line = body[-1].end_lineno
         if units["one of"] or units["finally"]:
-            self.need(main, units["one of"] + units["finally"])
+            self.need(first_unit, units["one of"] + units["finally"])
             for unit in units["else"]:
                 self.need(unit, units["one of"])
 
@@ -241,12 +242,14 @@ class NeedsOfNames(Checker):
 
     A binding has two nodes, each in a list: `declared` stands while a statement does that bound
     the name in its scope up to there; `bound` does not count annotations without a value, and is
-    an empty list where there is nothing else. The methods are called as those of the same names in
-    pyflakes, which show what there is to a name."""
+    an empty list where there is nothing else. Each method in camelCase or capitals takes the place
+    of pyflakes' own, which shows what there is to a name; pyflakes calls it for each such node."""
 
     def __init__(self, program, tree, source):
         self.program = program
-        self.uses = []  # (unit, nodes of which it needs one, (scope, name))
+        # (unit, nodes of which it needs one, (scope, name)). In place of the nodes "global", it
+        # declares the name, or "export", it is in __all__: checkDeadScopes knows what they need
+        self.uses = []
         self.stored = set()  # (scope, name) that a function assigns somewhere
         self.read_outside = defaultdict(list)  # {(scope, name): units that use it before that}
         self.future = []  # the node of `from __future__ import annotations`
@@ -255,8 +258,14 @@ class NeedsOfNames(Checker):
             self.CALL = self.handleChildren
         super().__init__(tree, withDoctest=False)
 
-    # What pyflakes' constructor would bind one by one
-    builtIns = property(lambda self: self.scope.update(BUILTINS) or (), lambda self, names: None)
+    @property
+    def builtIns(self):  # pyflakes' constructor binds each one that this gives: none, they are here
+        self.scope.update(BUILTINS)
+        return ()
+
+    @builtIns.setter
+    def builtIns(self, names):
+        pass
 
     futuresAllowed = True  # until pyflakes says otherwise, after the first statement
 
@@ -284,14 +293,14 @@ class NeedsOfNames(Checker):
         old, is_annotation = scope.get(value.name, Unbound), isinstance(value, checker.Annotation)
         # What was imported from typing stays of that kind: where others have fallen, strings may be
         # annotations again
-        kind = self.scopeStack[0].get(value.name, old)
-        if old.declared and is_annotation or getattr(kind, "fullName", "").startswith("typing"):
-            value = copy(kind)
-        value.declared = [self.program.group([unit, *old.declared])]
+        typed = self.scopeStack[0].get(value.name, old)
+        if old.declared and is_annotation or getattr(typed, "fullName", "").startswith("typing"):
+            value = copy(typed)
+        value.declared = [self.program.any_of([unit, *old.declared])]
         value.bound = (
             old.bound if is_annotation else
             value.declared if old.bound == old.declared else
-            [self.program.group([unit, *old.bound])])
+            [self.program.any_of([unit, *old.bound])])
         scope[value.name] = value
 
     def handleNodeStore(self, node):
@@ -320,23 +329,23 @@ class NeedsOfNames(Checker):
             self.scope[node.name] = before
 
     def handleNodeLoad(self, node, parent):
-        name, scope = checker.getNodeName(node), self.scope
+        name, here = checker.getNodeName(node), self.scope
         if not name:
             return
         nodes, declared = [], []  # of the bindings in sight: bound, declared
-        direct = True  # whether the names of a class around it are in sight
-        for s in reversed(self.scopeStack):
-            in_class = isinstance(s, ClassScope)
+        sees_class = True  # a class shows its names only to what stands in it directly
+        for scope in reversed(self.scopeStack):
+            in_class = isinstance(scope, ClassScope)
             if in_class and (name == "__class__"
-                             or s is scope and name in checker.DetectClassScopedMagic.names):
+                             or scope is here and name in checker.DetectClassScopedMagic.names):
                 return
-            if name in s and (direct or not in_class):
-                nodes += s[name].bound
-                declared += s[name].declared
-            direct &= isinstance(s, (checker.TypeScope, checker.ComprehensionScope))
+            if name in scope and (sees_class or not in_class):
+                nodes += scope[name].bound
+                declared += scope[name].declared
+            sees_class &= isinstance(scope, (checker.TypeScope, checker.ComprehensionScope))
         unit = self.unit_of(node)
-        key = id(scope), name
-        if nodes and not scope.get(name, Unbound).bound:
+        key = id(here), name
+        if nodes and not here.get(name, Unbound).bound:
             self.read_outside[key].append(unit)
         # What a handler of NameError covers; what a star may have imported; Python 2's `print >> x`
         if "NameError" in self.exceptHandlers[-1]:
@@ -370,17 +379,17 @@ class NeedsOfNames(Checker):
 
     def checkDeadScopes(self):
         """In the place of pyflakes' reports on what is unused: what was found goes to the graph."""
-        program, module, retracting = self.program, self.deadScopes[-1], {}
+        program, module, globals_after = self.program, self.deadScopes[-1], {}
         for unit, nodes, (scope, name) in reversed(self.uses):
-            if nodes == "global":  # it takes back what was reported of its name before
-                retracting[name] = [program.group([unit, *retracting.get(name, [])])]
+            if nodes == "global":  # while it stands, no use of its name before it is an error
+                globals_after[name] = [program.any_of([unit, *globals_after.get(name, [])])]
                 continue
             if nodes == "export":
                 nodes = module.get(name, Unbound).declared + module.get("*", Unbound).declared
             if (scope, name) in self.stored:  # elsewhere it must not be looked for: UndefinedLocal
                 nodes = nodes[:1]
             else:
-                nodes = nodes + retracting.get(name, [])
+                nodes = nodes + globals_after.get(name, [])
             if nodes:
                 program.need(unit, nodes)
             else:
@@ -390,7 +399,7 @@ class NeedsOfNames(Checker):
 
 # -- Edits ----------------------------------------------------------------------------------------
 
-read_program = lru_cache(1)(Program)  # kept for a program's next sequences
+parse_program = lru_cache(1)(Program)  # kept for a program's next sequences
 
 
 def lintseq(source, rng):
@@ -400,52 +409,49 @@ def lintseq(source, rng):
     Lines with errors that the program has from the start fall with the first line drawn, so they
     come in with the last edit (as published). ValueError, SyntaxError or RecursionError, with the
     reason, where this cannot be done."""
-    program = read_program(source)
+    program = parse_program(source)
     supports, broken = program.supports[:], program.broken
     falls = []
-    for line in sorted(program.code, key=lambda line: rng.random()):  # all that are left are alike
+    # A random order is as good as draws one by one: all lines that are left are equally likely
+    for line in sorted(program.code, key=lambda line: rng.random()):
         unit = program.unit_at[line]
         if supports[unit] > 0:
             falls.append(program.fall({unit, *broken}, supports))
             broken = ()
-    return edits(program.lines, falls)
+    return write_diffs(program.lines, falls)
 
 
 def randseq(source, rng):
     """The paper's ablation: each edit is a random set of the lines of code that are left, whatever
     a linter says."""
-    program = read_program(source)
+    program = parse_program(source)
     left = rng.sample(program.code, len(program.code))
     falls = []
     while left:
         falls.append([left.pop() for _ in range(rng.randint(1, len(left)))])
     falls[-1] += set(range(len(program.lines))) - set(program.code)
-    return edits(program.lines, falls)
+    return write_diffs(program.lines, falls)
 
 
-def edits(lines, falls):
+METHODS = {"lintseq": lintseq, "randseq": randseq}  # another: a function, and here, and in Settings
+
+
+def write_diffs(lines, falls):
     """Diff text from each state to the next; `falls` are the numbers of the lines that fell, step
-    by step."""
+    by step. Lines that come in at one place make a hunk."""
     present, texts = [], []
     for fallen in reversed(falls):
         hunks = []
-        line = 1  # numbers begin with 1; grows by the lines that came before
+        shift = 1  # numbers begin with 1; grows by the lines that came before
         for before, group in groupby(sorted(fallen), partial(bisect, present)):
             new = [f"\n+{lines[i]}" for i in group]
             count = f",{len(new)}" if len(new) > 1 else ""
-            hunks.append(f"@@ -{before},0 +{before + line}{count} @@" + "".join(new))
-            line += len(new)
+            hunks.append(f"@@ -{before},0 +{before + shift}{count} @@" + "".join(new))
+            shift += len(new)
         texts.append("\n".join(hunks))
         for i in fallen:
             insort(present, i)
     return texts
-
-
-def training_text(instruction, edit_path):
-    """(prompt, response) of an example, as published: each edit behind a marker of its own, two
-    bare markers at the end, end-of-text; the loss is on the response. With no edits, the prompt is
-    what a model is asked with."""
-    return f"{instruction}\n{DIFF}", f"\n{DIFF}".join(edit_path) + f"\n{DIFF}\n{DIFF}{END}"
 
 
 HUNK = re.compile(r"^(.*)\n((?:(?!@@).*\n)*)", re.M)
@@ -490,7 +496,7 @@ def split_edits(text):
     """The edits of what a model wrote after its instruction, each without the newline before the
     next marker; empty ones, as at the end, left out. Only at the beginning of a line is a marker
     one (a program's own stand behind a `+`), and only at the end is end-of-text."""
-    pieces = re.split(f"^{re.escape(DIFF)}", text.removesuffix(END), flags=re.M)
+    pieces = re.split(f"^{re.escape(DIFF)}", text.removesuffix(EOT), flags=re.M)
     return [edit for piece in pieces if (edit := piece.removesuffix("\n"))]
 
 
@@ -511,9 +517,6 @@ def apply_edits(text):
 
 
 # -- In bulk --------------------------------------------------------------------------------------
-
-METHODS = {"lintseq": lintseq, "randseq": randseq}
-
 
 def make_rows(job, cfg):
     """The output rows, as text, of a row of the source, an (index, row); and a tally for the
@@ -561,7 +564,7 @@ def read_source(path):
     return (job for job in rows if job[0] % config.WORLD == config.RANK)
 
 
-def convert(cfg):
+def write_edits(cfg):
     """Write the edit sequences of --source to --dest. A state file says up to where both outputs
     are whole: a run that was stopped cuts them back to there, and goes on."""
     from tqdm import tqdm
@@ -617,12 +620,11 @@ def show(path, cfg):
 
 def main():
     cfg = config.load(Settings)
-    warnings.simplefilter("ignore")  # what the parser says of others' escape sequences is no news
     if cfg.paths:
         for path in cfg.paths:
             show(path, cfg)
     elif cfg.source and cfg.dest:
-        convert(cfg)
+        write_edits(cfg)
     else:
         config.die("name a Python file to show, or --source=in.jsonl and --dest=out.jsonl")
 

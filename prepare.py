@@ -39,9 +39,9 @@ from tqdm import tqdm
 import config
 import lintseq
 from config import RANK, WORLD, _demo_problems, die, write_whole
+from lintseq import DIFF, EOT
 
 DATA, SPLITS = Path("data"), ("train", "val")
-EOT, DIFF = "<|endoftext|>", lintseq.DIFF
 
 
 class Settings:
@@ -235,8 +235,9 @@ def encode_prompt(enc, form, prompt):
 
 
 def encode_example(enc, form, prompt, answer):
-    """(prompt, response) of a training example, token ids: lintseq.training_text where the answer
-    is an edit path, else the program, behind a new line unless one side has white space already."""
+    """(prompt, response) of a training example, token ids. Of an edit path as published: each edit
+    behind a marker of its own, two bare markers at the end, end-of-text. Else of a program, behind
+    a new line unless one side has white space already."""
     parts = [answer]
     if form == "edits":
         parts = [part for edit in answer for part in (edit + "\n", Marker(DIFF))]

@@ -25,7 +25,7 @@ from pyflakes.checker import Checker
 from pyflakes.test import harness
 
 import lintseq
-from lintseq import DIFF, END
+from lintseq import DIFF, EOT
 
 STDLIB = sorted(p for p in Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")
                 if "site-packages" not in p.parts)
@@ -49,10 +49,17 @@ def errors(source):
     return [str(x) for x in Checker(ast.parse(source)).messages if isinstance(x, lintseq.ERRORS)]
 
 
+def response(edits):
+    """What a model writes, as published: each edit behind a marker of its own (the first one ends
+    the prompt), two bare markers at the end, end-of-text."""
+    marker = "\n<|diff|>"
+    return marker.join(edits) + 2 * marker + "<|endoftext|>"
+
+
 def check_sequence(source, edits, clean=True):
     """Everything that holds of every edit sequence: exact, insertions only, no empty edit, clean
     states."""
-    assert lintseq.apply_and_count(lintseq.training_text("", edits)[1]) == (
+    assert lintseq.apply_and_count(response(edits)) == (
         source, {"edits": len(edits), "hunks": sum(e.count("\n@@ -") + 1 for e in edits),
                  "malformed": 0})
     dirty, before, total = bool(errors(source)), [], 0
@@ -214,7 +221,7 @@ STRICT = {"a local hidden by a comprehension", "a local read between imports",
 @pytest.mark.parametrize("name", TRICKY)
 def test_exact_on_tricky_sources(name):
     assert lintseq.lint(TRICKY[name]) == []
-    assert bool(lintseq.read_program(TRICKY[name]).broken) == (name in STRICT)
+    assert bool(lintseq.parse_program(TRICKY[name]).broken) == (name in STRICT)
     for seed in range(40):
         check_sequence(TRICKY[name], lintseq.lintseq(TRICKY[name], random.Random(seed)))
 
@@ -430,7 +437,7 @@ def test_apply_edits(text, program, malformed):
 
 PIECES = st.sampled_from([
     "@@ -0,0 +1 @@", "@@ -1,0 +2,2 @@", "@@ -3 +3 @@", "+a", "-a", " a", "+", "@@",
-    "@@ -99999999999,0 +1 @@", DIFF, "\n", "\n", "\n", END, "x", "\r", "\0"])
+    "@@ -99999999999,0 +1 @@", DIFF, "\n", "\n", "\n", EOT, "x", "\r", "\0"])
 
 
 @settings(max_examples=300, deadline=None)
@@ -448,7 +455,7 @@ SOURCES = stdlib_sources(25, 5, 60, seed=5)
 @given(st.sampled_from(SOURCES), st.integers(0, 2 ** 32), st.data())
 def test_mutated_edits_are_applied_as_far_as_they_go(source, seed, data):
     try:
-        text = lintseq.training_text("", lintseq.lintseq(source, random.Random(seed)))[1]
+        text = response(lintseq.lintseq(source, random.Random(seed)))
     except ValueError:
         return
     assert lintseq.apply_edits(text) == source
@@ -484,8 +491,8 @@ def rows(tmp_path):
     lines[9] = '{"instruction": '
     lines[10] = '{"instruction": "row 10 \\ud800", "response": "x = 1"}'
     lines[11] = "  "
-    lines[20] = json.dumps({"instruction": f"row 20 {DIFF}\n{DIFF}{END}",
-                            "response": f"x = '''\n{DIFF}\n{END}'''\ny = x"})
+    lines[20] = json.dumps({"instruction": f"row 20 {DIFF}\n{DIFF}{EOT}",
+                            "response": f"x = '''\n{DIFF}\n{EOT}'''\ny = x"})
     (tmp_path / "in.jsonl").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
     return tmp_path
 
@@ -512,8 +519,7 @@ def test_bulk_rows_are_the_published_ones_and_the_same_for_any_workers(rows):
         assert set(r) == {"edit_path", "index", "source_instruction", "source_response"}
         assert r["source_instruction"] == source[r["index"]]["instruction"]
         assert r["source_response"] == source[r["index"]]["response"]
-        text = lintseq.training_text("", r["edit_path"])[1]
-        assert lintseq.apply_edits(text) == r["source_response"]
+        assert lintseq.apply_edits(response(r["edit_path"])) == r["source_response"]
     distinct = [len({tuple(r["edit_path"]) for r in written[i:i + 3]})
                 for i in range(0, len(written), 3)]
     assert sum(distinct) / len(distinct) > 2.9  # repeats are drawn again

@@ -43,7 +43,7 @@ def write_examples(folder, count):
         pairs.append((pair["instruction"], edits))
         if len(pairs) == count:
             break
-    texts = ["".join(lintseq.training_text(*pair)) for pair in pairs]
+    texts = ["\n".join((instruction, *edits)) for instruction, edits in pairs]
     prepare.train_tokenizer(folder / "bench.tiktoken", texts, 4000)
     enc = prepare.get_tokenizer(str(folder / "bench.tiktoken"))  # and its special tokens
     tokens, table = [], []

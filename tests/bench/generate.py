@@ -108,12 +108,12 @@ def load(shape, share, ours, theirs, device):
         enc = prepare.get_tokenizer(str(path))
     prompts, texts = [], []
     for row in rows[::share]:
-        prompt = prepare.encode_prompt(enc, "edits", evaluate.make_problem(row)["instruction"])
+        instruction = evaluate.make_problem(row)["instruction"]
         for n in range(10):
             edits = lintseq.lintseq(row["prompt"] + row["canonical_solution"], random.Random(n))
-            text = lintseq.training_text("", edits)[1]
+            prompt, text = prepare.encode_example(enc, "edits", instruction, edits)
             prompts.append(prompt[-500:])
-            texts.append(enc.encode(text, allowed_special="all")[:512])
+            texts.append(text[:512])
     lengths = [len(t) for t in texts]
 
     def run_ours(retries):

@@ -71,7 +71,7 @@ def check(job):
         edits = lintseq.lintseq(source, random.Random(str(path.name)))
     except ValueError as e:
         return path, 0, 0, False, str(e).split(":")[0]
-    exact = lintseq.apply_and_count(lintseq.training_text("", edits)[1])[0] == source
+    exact = lintseq.apply_edits(f"\n{lintseq.DIFF}".join(edits)) == source
     lines, clean, dirty = [], 1, bool(errors(source))  # the first state is empty
     for n, edit in enumerate(edits, 1):
         before = len(lines)
@@ -214,19 +214,19 @@ def print_stages(programs):
         seconds[stage] += time.process_time() - start
         return found
 
-    read_program, names = lintseq.read_program, lintseq.NeedsOfNames
-    lintseq.NeedsOfNames = lambda program: None
+    parse_program, names = lintseq.parse_program, lintseq.NeedsOfNames
+    lintseq.NeedsOfNames = lambda *args: None
     for source in programs * 3:
         clock("parse", ast.parse, source)
         program = clock("blocks", lintseq.Program, source)
-        clock("names", names, program)
-        lintseq.read_program = lambda source: program
+        clock("names", names, program, ast.parse(source), source)
+        lintseq.parse_program = lambda source: program
         rng = random.Random(1)
         paths = [clock("draws and edits", lintseq.lintseq, source, rng) for _ in range(5)]
         rows = [{"edit_path": path, "instruction": "", "response": source} for path in paths]
         texts = [clock("JSON", json.dumps, row) for row in rows]
         clock("JSON", json.loads, texts[0])
-    lintseq.read_program, lintseq.NeedsOfNames = read_program, names
+    lintseq.parse_program, lintseq.NeedsOfNames = parse_program, names
     seconds["blocks"] -= seconds["parse"]
     total = sum(seconds.values())
     print("  its time: " + ", ".join(f"{s / total:.0%} {stage}" for stage, s in seconds.items()))
