@@ -1,4 +1,5 @@
 """Settings from a file and the command line, through the scripts that users type."""
+import errno
 import gzip
 import os
 import subprocess
@@ -34,7 +35,7 @@ def test_defaults_file_then_command_line(tmp_path):
     (["--learning_rate=nan"], "is not at least 0"),
     (["--batch_size=0"], "is not at least 1"),
     (["--beta1=1.5"], "is not at least 0 and at most 0.99999"),
-    (["config/dem.py"], "no such config file; the nearest is config/demo.py"),
+    (["config/dem.py"], "no such config file; the nearest is 'config/demo.py'"),
     (["config/mine.txt"], "a config file lives in a folder named config/"),
 ])
 def test_mistakes_get_one_line(args, message, tmp_path):
@@ -143,6 +144,33 @@ def test_a_second_run_is_kept_from_a_locked_file(tmp_path):
     assert second.returncode == 1 and "another run is writing there" in second.stderr and not second.stdout
     held.close()
     assert try_it().stdout == "locked\n"
+
+
+def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(config.fcntl, "flock", flock)
+    with pytest.raises(SystemExit):
+        config.run(lambda: config.lock_file(tmp_path / "lock"))
+    error = capsys.readouterr().err
+    assert "No locks available" in error and "another run" not in error
+
+
+@pytest.mark.parametrize("value, default, allowed, expected", [
+    ("12345678901234567890", 0, None, 12345678901234567890), (1e6, 0, None, 1000000),
+    (1, 0.5, None, 1.0), (True, "auto", ("auto", "yes", "no"), "yes"), (False, True, None, False),
+    (5, (), None, None), ([1, "2"], (1,), None, (1, 2)), (True, 0, None, None),
+    (True, 0.5, None, None), ("inf", 0.5, None, None), ("nan", 0.5, None, None),
+    ("nan", 0, None, None), ("inf", 0, None, None), ("-0.5", 0.5, None, None),
+    ([1], 0, None, None), (None, "", None, None), ("²", 0, None, None)])
+def test_a_value_takes_its_defaults_type_or_is_refused(value, default, allowed, expected):
+    if expected is None:
+        with pytest.raises(ValueError):
+            config.convert(value, default, allowed)
+    else:
+        got = config.convert(value, default, allowed)
+        assert got == expected and type(got) is type(expected)
 
 
 def test_every_config_file_loads_in_every_script():
