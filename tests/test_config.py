@@ -192,3 +192,43 @@ def test_the_papers_figures():
         assert (tuned.learning_rate, tuned.decay, tuned.min_lr, tuned.weight_decay) == (3e-4, "linear", 0.0, 0.01)
         base = config.load(Settings, [str(ROOT / f"config/finetune_{name}_programs.py")])
         assert {k for k in vars(base) if getattr(base, k) != getattr(tuned, k)} == {"dataset", "out_dir", "epochs"}
+
+
+@pytest.mark.parametrize("gpus, change, message", [
+    (8, {}, "this machine has 4 CUDA GPUs, not 8"), (3, {}, "GPUS=3 does not divide the batch"),
+    (4, {"token": None}, "no Hugging Face token"), (4, {"free": 150e9}, "50 GB of disk are missing for data"),
+    (4, {"free": 250e9}, "70 GB of disk are missing for {hub}"),  # on the disk of data/
+    (4, {"free": 250e9, "cached": 80e9}, None), (4, {"free": 330e9}, None),
+    (4, {"free": 0, "token": None, "made": True}, None)])
+def test_what_the_papers_run_lacks_is_said_first(gpus, change, message, tmp_path, monkeypatch, capsys):
+    hub = pytest.importorskip("huggingface_hub")
+    import torch
+    from config import _preflight
+    change = {"token": "hf_x", "free": 1e15, "cached": 0, "made": False} | change
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["_preflight.py", "150m", str(gpus)])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(hub, "get_token", lambda: change["token"])
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(_preflight.shutil, "disk_usage", lambda path: type("Usage", (), {"free": change["free"]}))
+    cached = tmp_path / "hub/datasets--bigcode--the-stack/blobs/x"
+    cached.parent.mkdir(parents=True)
+    with open(cached, "wb") as f:
+        f.truncate(int(change["cached"]))
+    if change["made"]:
+        config.write_whole("data/pretrain/meta.json", b"{}")
+    if message:
+        with pytest.raises(SystemExit):
+            _preflight.main()
+        error = capsys.readouterr().err
+        assert message.format(hub=tmp_path / "hub") in error and error.count("\n") == 1
+    else:
+        _preflight.main()
+
+
+@pytest.mark.parametrize("script, nothing", [("sample", ""), ("evaluate", ())])
+@pytest.mark.parametrize("name", ["demo", "demo_programs", "demo_edits"])
+def test_a_demo_file_means_its_own_runs_model(script, nothing, name):
+    import importlib
+    cfg = config.load(importlib.import_module(script).Settings, [str(ROOT / f"config/{name}.py")])
+    assert cfg.init_from == nothing and cfg.out_dir == "out-" + name.replace("_", "-")
