@@ -138,13 +138,13 @@ def convert(value, default, allowed=None):
         value = None
     if not isinstance(value, kind):
         raise ValueError(f"is not of type {kind.__name__} (default {default!r})")
-    if kind is str:
-        fits = not allowed or value in allowed
-    elif kind is not bool:
+    if kind in (int, float):
         allowed = allowed or (0,)
         least, most = allowed if len(allowed) == 2 else (*allowed, sys.float_info.max)
         fits = least <= value <= most  # inf is not, nan neither
-    if kind is not bool and not fits:
+    else:
+        fits = not allowed or value in allowed
+    if not fits:
         raise ValueError(f"is not {describe(allowed)}")
     return value
 
