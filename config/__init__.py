@@ -20,6 +20,7 @@ import ast
 import difflib
 import fcntl
 import gzip
+import hashlib
 import json
 import math
 import multiprocessing
@@ -67,6 +68,12 @@ def die(message, status=1):
     who = Path(sys.argv[0]).name + (f": rank {RANK}" if RANK else "")
     print(f"{who}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(status)
+
+
+def say(*args):
+    """print, on rank 0 alone."""
+    if RANK == 0:
+        print(*args, flush=True)
 
 
 def run(main):
@@ -224,6 +231,15 @@ def write_whole(path, data):
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def write_jsonl(path, rows):
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def digest(text):
+    """16 hex digits of its SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def lock_file(path):
