@@ -637,16 +637,16 @@ def test_a_benchmark_is_downloaded_once_and_checked(tmp_path, monkeypatch, capsy
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/mbpp.jsonl"
     monkeypatch.setattr(evaluate.config, "ROOT", tmp_path)
-    monkeypatch.setitem(evaluate.SOURCES, "mbpp", (address, "0" * 64))
+    monkeypatch.setitem(evaluate.BENCHMARKS, "mbpp", (address, "0" * 64))
     monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: None)
     with pytest.raises(SystemExit):
         problems("mbpp")
     assert "SHA-256" in capsys.readouterr().err and not list(tmp_path.rglob("*.jsonl"))
-    monkeypatch.setitem(evaluate.SOURCES, "mbpp", (address, hashlib.sha256(data).hexdigest()))
+    monkeypatch.setitem(evaluate.BENCHMARKS, "mbpp", (address, hashlib.sha256(data).hexdigest()))
     assert len(problems("mbpp")) == len(problems("mbpp")) == 2
     assert len(asked) == 3
     server.shutdown()
-    monkeypatch.setitem(evaluate.SOURCES, "mbppplus",
+    monkeypatch.setitem(evaluate.BENCHMARKS, "mbppplus",
                         (f"http://127.0.0.1:{server.server_port}/gone", "0" * 64))
     server.server_close()
     with pytest.raises(SystemExit):

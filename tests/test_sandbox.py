@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, stop_servers
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import evaluate  # noqa: E402
-from evaluate import run_program  # noqa: E402
+import evaluate
+from evaluate import run_program
 
 try:
     run_program("pass")
@@ -278,7 +277,7 @@ for call in (lambda: os.setuid(0), lambda: os.chroot('.'),
 def test_the_process_that_waits_beside_a_program_is_out_of_its_reach():
     """It shares the server's memory and has the server's open files: no signal ends it, none of
     what a debugger does works on it, and the server is the same afterwards."""
-    evaluate.stop_servers()
+    stop_servers()
     run_program("pass")
     server, = evaluate._idle
     assert see("""
@@ -367,7 +366,7 @@ def test_programs_have_what_they_need():
 def test_set_order_is_the_same_in_every_process():
     orders = set()
     for _ in range(2):
-        evaluate.stop_servers()
+        stop_servers()
         orders.add(see("", "list({'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'})"))
     assert len(orders) == 1
 
@@ -382,7 +381,7 @@ def test_many_at_once():
 
 
 def test_a_killed_server_is_replaced():
-    evaluate.stop_servers()
+    stop_servers()
     run_program("pass")
     server, = evaluate._idle
     server.kill()
