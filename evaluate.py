@@ -475,10 +475,10 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     - files: a root of its own with the interpreter's prefix, its site-packages and the system's
       libraries, read-only, and an empty folder in memory (/tmp, where nothing of those lies) to
       work in, gone after the call. /dev/shm is that same folder. No /proc, no home, nothing of
-      yours;
+      yours, nor of the keys in your session's keyring;
     - an empty environment; empty standard input; what it prints goes nowhere;
-    - no network, not even 127.0.0.1; no System V IPC with the outside; no capabilities, no way to
-      gain them; run as root, it gives up root for `nobody`;
+    - no network, not even 127.0.0.1 (but see AF_VSOCK below); no System V IPC with the outside; no
+      capabilities, no way to gain them; run as root, it gives up root for `nobody`;
     - the verdict: "passed" needs an answer made from a secret that enters the process only after
       the tests have ended. Leaving early, atexit hooks, patched builtins (`tests` see the old
       ones), printed text do not make one.
@@ -486,11 +486,13 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     With `unsafe` where there are no namespaces only the limits, the session, the temporary
     directory and the verdict hold (and on Linux, that no process outlives the call).
 
-    Not covered: holes of the kernel itself (no seccomp filter); memory in all (the limit is one
-    process's); reading the world-readable files under the interpreter's prefix. And what runs in
-    one process with its tests can deceive them: an object whose __eq__ says yes to everything, a
-    function named like one that the tests use, a patched module (math.isclose), code written
-    against this very file that finds the verdict's pipe or writes memory through ctypes.
+    Not covered: holes of the kernel itself (no seccomp filter); AF_VSOCK, a virtual machine's
+    sockets to its host, which are in no namespace; the kernel's keyrings between programs; memory
+    in all (the limit is one process's); reading the world-readable files under the interpreter's
+    prefix. And what runs in one process with its tests can deceive them: an object whose __eq__
+    says yes to everything, a function named like one that the tests use, a patched module
+    (math.isclose), code written against this very file that finds the verdict's pipe or writes
+    memory through ctypes.
     """
     job = json.dumps([source, tests, float(timeout), int(memory_mb)]) + "\n"
     for _ in range(2):  # the out-of-memory killer may take the server with the program: once more
@@ -630,6 +632,9 @@ def make_read_only():
 def isolate(visible):
     """Move this process into namespaces and onto a root of its own -> (the folder for programs,
     the PID namespace). OSError where the kernel does not let it."""
+    # keyctl(KEYCTL_JOIN_SESSION_KEYRING): an empty one in place of the caller's. Where the kernel
+    # refuses it, programs have no keyctl either.
+    LIBRARY.syscall(250 if os.uname().machine == "x86_64" else 219, 1, None)
     os.chdir("/proc")  # reached from here when it is no longer mounted
     with open("self/uid_map") as f:
         root = os.geteuid() == 0 and "4294967295" in f.read()  # no container's own root

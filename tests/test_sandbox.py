@@ -257,6 +257,24 @@ def test_no_network():
         assert result.status == "error" and "refused" in result.message
 
 
+def test_keys_of_the_callers_session_are_out_of_reach():
+    add, keyctl = (248, 250) if os.uname().machine == "x86_64" else (217, 219)
+    search = f"libc.syscall({keyctl}, 10, -3, b'user', b'evaluate', 0)"  # the session's keyring
+    code = f"""
+import ctypes
+from evaluate import run_program
+libc = ctypes.CDLL(None)
+libc.syscall({keyctl}, 1, None)
+libc.syscall({add}, b"user", b"evaluate", b"TOKEN-1234", 10, -3)
+print({search} > 0, run_program("import ctypes; libc = ctypes.CDLL(None)",
+                                tests="raise Exception({search})").message)
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if out.stdout.startswith("False"):
+        pytest.skip("no keyctl here")
+    assert out.stdout == "True Exception: -1\n", out.stderr
+
+
 def test_no_privileges():
     assert see("""
 import ctypes, os
