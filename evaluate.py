@@ -494,16 +494,17 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     (math.isclose), code written against this very file that finds the verdict's pipe or writes
     memory through ctypes.
     """
+    idle = _idle[bool(unsafe)]
     job = json.dumps([source, tests, float(timeout), int(memory_mb)]) + "\n"
     for _ in range(2):  # the out-of-memory killer may take the server with the program: once more
-        server = _idle.pop() if _idle else start_server(unsafe)
+        server = idle.pop() if idle else start_server(unsafe)
         try:
             server.stdin.write(job.encode())
             server.stdin.flush()
             ready = select.select([server.stdout], [], [], 3 * timeout + 60)[0]
             answer = json.loads(server.stdout.readline()) if ready else ()
             if len(answer) == 2:
-                _idle.append(server)
+                idle.append(server)
                 return Result(answer[0] == "passed", *answer)
         except (OSError, ValueError):
             pass
@@ -515,7 +516,9 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     return Result(False, "killed", "the sandbox's own process died, twice")
 
 
-_idle = []  # servers with nothing to do; pop and append are atomic, so threads need no lock
+# Servers with nothing to do, of calls without and with `unsafe`: one that has only the limits is
+# never found by a call that wants more. pop and append are atomic, so threads need no lock.
+_idle = [], []
 
 
 def start_server(unsafe=False, isolated=True):
@@ -888,7 +891,7 @@ def main():
     problems = load_problems(cfg)
     check_harness(cfg, problems)
     base = Path(cfg.results or f"out-eval/{Path(cfg.benchmark).stem}")
-    sandbox = _idle[-1].protections
+    sandbox = _idle[cfg.unsafe][-1].protections  # of the server that check_harness has just used
     say(f"{cfg.benchmark}: {len(problems)} problems; sandbox: {sandbox}")
     journal = Journal(base)
     if cfg.completions:

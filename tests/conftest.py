@@ -41,8 +41,9 @@ def run(script, *args, cwd, ranks=1):
 def stop_servers():
     """End the sandbox's idle servers: the next program starts one."""
     import evaluate
-    while evaluate._idle:
-        evaluate._idle.pop().communicate()  # end of file: it ends by itself
+    for servers in evaluate._idle:
+        while servers:
+            servers.pop().communicate()  # end of file: it ends by itself
 
 
 @pytest.fixture(scope="session")

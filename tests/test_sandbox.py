@@ -297,7 +297,7 @@ def test_the_process_that_waits_beside_a_program_is_out_of_its_reach():
     what a debugger does works on it, and the server is the same afterwards."""
     stop_servers()
     run_program("pass")
-    server, = evaluate._idle
+    server, = evaluate._idle[False]
     assert see("""
 import ctypes, os, signal
 libc = ctypes.CDLL(None, use_errno=True)
@@ -327,7 +327,7 @@ except OSError:  # an older kernel
 seen.append(os.getppid())
 """, "seen") == str([-1] * 13 + [0])
     assert run_program("def f(x): return 2", tests=FALSE).passed
-    assert evaluate._idle == [server] and server.poll() is None
+    assert evaluate._idle[False] == [server] and server.poll() is None
 
 
 def test_cpu_time_counts_and_a_busy_machine_does_not():
@@ -401,9 +401,24 @@ def test_many_at_once():
 def test_a_killed_server_is_replaced():
     stop_servers()
     run_program("pass")
-    server, = evaluate._idle
+    server, = evaluate._idle[False]
     server.kill()
     assert run_program("def f(x): return 2", tests=FALSE).passed
+
+
+def test_a_program_whose_server_dies_twice_is_lost(monkeypatch):
+    start = evaluate.start_server
+
+    def start_dying(unsafe):
+        server = start(unsafe)
+        server.kill()
+        server.wait()
+        return server
+
+    stop_servers()
+    monkeypatch.setattr(evaluate, "start_server", start_dying)
+    assert run_program("pass").status == "lost"
+    assert evaluate._idle == ([], [])
 
 
 def test_nothing_survives_when_the_caller_is_killed():
@@ -457,10 +472,14 @@ for program in ["f = lambda x: 2", "f = lambda x: 3", "while True: pass", "impor
 left = ("import os, time\\nif os.fork() == 0:\\n    os.setsid()\\n"
         "    if os.fork() == 0: time.sleep(77)\\n    time.sleep(77)\\nraise Exception(os.getcwd())")
 result = run_program(left, unsafe=True)
-print(result.status, os.path.exists(result.message.split()[-1]), evaluate._idle[0].protections)
-server = evaluate._idle[0].pid
+print(result.status, os.path.exists(result.message.split()[-1]), evaluate._idle[True][0].protections)
+server = evaluate._idle[True][0].pid
 print(repr(open(f"/proc/{server}/task/{server}/children").read()))
+try:
+    run_program("pass")  # the server with limits alone is not for this one
+except RuntimeError as e:
+    print("refused")
 """)
     assert out.stdout.splitlines() == ["passed", "failed", "timeout", "exited", "memory",
                                        "error False LIMITS ONLY: programs run with your rights, "
-                                       "on your files", "''"], out.stderr
+                                       "on your files", "''", "refused"], out.stderr
