@@ -842,8 +842,9 @@ def read_completions(cfg, journal, problems):
         if task in by_id:
             key = digest(json.dumps([task, count[task], completion]))
             samples.append((by_id[task], count[task], key))
-            journal.add({"task_id": row["task_id"], "index": count[task], "sample": key,
-                         "raw": completion})
+            if key not in journal.rows:
+                journal.add({"task_id": row["task_id"], "index": count[task], "sample": key,
+                             "raw": completion})
             count[task] += 1
         elif not cfg.limit:
             raise ValueError(f"task_id {task!r} is no problem of {cfg.benchmark}")

@@ -96,7 +96,7 @@ def finished(process):
 
 
 def rows(path):
-    return [json.loads(line) for line in open(path)]
+    return [json.loads(line) for line in open(path) if line.strip()]
 
 
 def test_pass_at_k_is_the_chance_that_a_random_k_of_n_hold_a_right_one():
@@ -435,6 +435,9 @@ def test_a_changed_completion_is_judged_anew(tmp_path):
     text, passed = judged((0, wrong), (0, wrong))
     assert passed == [False, False] and "ran 1 programs of 2" in text
     assert "1 of 2 problems have no completion" in text and "pass@10 takes 10 samples of every problem" in text
+    kept = rows(out / "journal-0.jsonl")
+    assert judged((0, wrong), (0, wrong))[1] == [False, False]
+    assert rows(out / "journal-0.jsonl") == kept  # nothing is written twice
     assert judged((0, right), (1, right + " + 1"))[1] == [True, True]
 
 
