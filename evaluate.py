@@ -374,7 +374,9 @@ def judge(cfg, p, row, form):
     if row["raw"] is not None:
         result = run_program(program + "\n", cfg.timeout, cfg.memory_mb, p["tests"], cfg.unsafe)
     return {"sample": row["sample"], "completion": completion, **result._asdict(),
-            "verdict": verdict, "parses": parse(source) is not None,
+            # an accident is no verdict: the next run judges it again
+            "verdict": verdict if result.status != "lost" else "",
+            "parses": parse(source) is not None,
             "lint_clean": not sample.has_errors(source), **counts}
 
 
@@ -445,8 +447,14 @@ def make_table(runs):
 
 
 class Result(NamedTuple):
+    """status: "passed" (source and tests ran to their end), "failed" (an assertion), "error" (any
+    other exception), "timeout", "memory" (MemoryError), "exited" (left before the end: sys.exit,
+    os._exit, SystemExit), "killed" (died from a signal, such as its own, a segfault or the
+    kernel's out-of-memory killer), "lost" (no verdict: the sandbox itself died, twice).
+
+    Of a sample also "no room": its prompt filled the model's block_size, so nothing was drawn."""
     passed: bool
-    status: str  # passed, failed, error, timeout, memory, exited, killed: see run_program
+    status: str
     message: str  # the exception, the exit code or the signal
 
 
@@ -457,11 +465,6 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     it waited for; by the clock it has three times that, so that a busy machine does not change
     verdicts. memory_mb: MiB of address space a process. Safe to call from several threads.
     RuntimeError where the kernel gives no namespaces and `unsafe` is false.
-
-    status: "passed" (source and tests ran to their end), "failed" (an assertion), "error" (any
-    other exception), "timeout", "memory" (MemoryError), "exited" (left before the end: sys.exit,
-    os._exit, SystemExit), "killed" (died from a signal, such as its own, a segfault or the
-    kernel's out-of-memory killer).
 
     Covered, on Linux with namespaces:
     - a fresh process a program, forked from a small interpreter that never imported torch or
@@ -513,7 +516,7 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
             raise
         server.kill()
         server.wait()
-    return Result(False, "killed", "the sandbox's own process died, twice")
+    return Result(False, "lost", "the sandbox's own process died, twice")
 
 
 # Servers with nothing to do, of calls without and with `unsafe`: one that has only the limits is
@@ -910,8 +913,10 @@ def main():
             path.rename(path.with_suffix(".old"))  # not ours
         config.write_jsonl(path, rows)
         scores.append(score(cfg, rows, name, temperature))
-        if lost := scores[-1]["status"]["no room"]:
-            say(f"{name}: {lost} prompts leave no room in its block_size: counted as not passed")
+        for status, meaning in (("no room", "prompts leave no room in its block_size"),
+                                ("lost", "programs were lost; run this again to judge them")):
+            if n := scores[-1]["status"][status]:
+                say(f"{name}: {n} {meaning}: counted as not passed")
     results = {"benchmark": cfg.benchmark, "python": sys.version.split()[0], "sandbox": sandbox,
                "settings": vars(cfg), "runs": scores}
     config.write_whole(base / "results.json", json.dumps(results, indent=1).encode())

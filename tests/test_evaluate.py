@@ -51,6 +51,9 @@ class Model:
 def has_errors(program): return False
 def load_model(name, device="auto", dtype="auto"):
     form = "text" if "pretrained" in name else "edits"
+    if "FAKE_LOST" in os.environ:
+        import evaluate
+        evaluate.run_program = lambda *_: evaluate.Result(False, "lost", "")
     return Model(), Encoding(), {"form": form, "step": 7, "fingerprint": "1"}
 def complete(model, enc, form, prompts, *, seeds, on_done=None, **settings):
     for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
@@ -439,6 +442,16 @@ def test_a_changed_completion_is_judged_anew(tmp_path):
     assert judged((0, wrong), (0, wrong))[1] == [False, False]
     assert rows(out / "journal-0.jsonl") == kept  # nothing is written twice
     assert judged((0, right), (1, right + " + 1"))[1] == [True, True]
+
+
+def test_an_accident_of_the_sandboxs_is_said_and_no_verdict_for_ever(fake, tmp_path):
+    args = ["--init_from=tuned", "--temperatures=0", "--results=r"]
+    out = finished(fake(*args, FAKE_LOST="1"))
+    assert "tuned: 12 programs were lost; run this again to judge them: counted as not" in out
+    assert {r["status"] for r in rows(tmp_path / "r/samples.jsonl")} == {"lost"}
+    out = finished(fake(*args))
+    assert "drew 0 samples of 12" in out and "ran 12 programs of 12" in out and "lost" not in out
+    assert "lost" not in {r["status"] for r in rows(tmp_path / "r/samples.jsonl")}
 
 
 def test_a_prompt_that_leaves_no_room_is_counted_and_said(fake, tmp_path):

@@ -472,8 +472,9 @@ for program in ["f = lambda x: 2", "f = lambda x: 3", "while True: pass", "impor
 left = ("import os, time\\nif os.fork() == 0:\\n    os.setsid()\\n"
         "    if os.fork() == 0: time.sleep(77)\\n    time.sleep(77)\\nraise Exception(os.getcwd())")
 result = run_program(left, unsafe=True)
-print(result.status, os.path.exists(result.message.split()[-1]), evaluate._idle[True][0].protections)
-server = evaluate._idle[True][0].pid
+server, = evaluate._idle[True]
+print(result.status, os.path.exists(result.message.split()[-1]), server.protections)
+server = server.pid
 print(repr(open(f"/proc/{server}/task/{server}/children").read()))
 try:
     run_program("pass")  # the server with limits alone is not for this one
