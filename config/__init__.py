@@ -69,6 +69,12 @@ def die(message, status=1):
     raise SystemExit(status)
 
 
+def say(message):
+    """Print a line, on rank 0 alone."""
+    if RANK == 0:
+        print(message, flush=True)
+
+
 def run(main):
     """main(), where what a user can cause or mend ends it with one line."""
     warnings.simplefilter("ignore", SyntaxWarning)  # what the parser says of others' programs
