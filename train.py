@@ -2,7 +2,7 @@
 
     python train.py config/demo.py                                   # one CPU or GPU
     torchrun --nproc_per_node=4 train.py config/150m.py              # four GPUs of one node
-    python train.py --plot out/log.jsonl out-muon/log.jsonl          # curves of runs, as a PNG
+    python train.py --plot=loss.png out/log.jsonl out-muon/log.jsonl # the curves of runs
 
 Reads data/<dataset>/ (prepare.py), writes out_dir/ckpt.pt (the last state, to go on from), best.pt
 (the lowest validation loss, without the optimizer's state; none without validation data) and
@@ -79,7 +79,7 @@ class Settings:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # bfloat16 on cuda, else float32
     compile: Literal["auto", "yes", "no"] = "auto"  # on cuda
     wandb = ""  # a Weights & Biases project to log to
-    plot = False  # draw log.jsonl files (given as arguments; else out_dir's) into plot.png
+    plot = ""  # draw log.jsonl files (given as arguments; else out_dir's) into this PNG
     paths = ()  # the logs to draw
 
 
@@ -495,7 +495,7 @@ def find_peak(device):
 def main():
     cfg = config.load(Settings)
     if cfg.plot:
-        return plot_logs(cfg.paths or (f"{cfg.out_dir}/log.jsonl",))
+        return plot_logs(cfg.paths or (f"{cfg.out_dir}/log.jsonl",), cfg.plot)
     if cfg.paths:
         die(f"{cfg.paths[0]}: a config file lives in a folder named config/; logs go with --plot")
     if cfg.batch_size % WORLD:
@@ -624,8 +624,8 @@ def main():
     raise SystemExit(128 + stop[0] if stop else 0)
 
 
-def plot_logs(paths):
-    """Draw training and validation loss over tokens of each log.jsonl into plot.png."""
+def plot_logs(paths, png):
+    """Draw training and validation loss over tokens of each log.jsonl."""
     import matplotlib.pyplot as plt
     for path in paths:
         lines = [x for _, x in config.read_rows(path) if isinstance(x, dict) and "tokens" in x]
@@ -636,8 +636,8 @@ def plot_logs(paths):
             plt.plot([x["tokens"] for x in at], [x[key] for x in at], label=f"{path}: {key}")
     plt.xlabel("tokens")
     plt.legend()
-    plt.savefig("plot.png")
-    print("plot.png")
+    plt.savefig(png)
+    print(png)
 
 
 FAULTS = {  # what a RuntimeError says of what a user can mend: how
