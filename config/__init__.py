@@ -70,10 +70,10 @@ def die(message, status=1):
     raise SystemExit(status)
 
 
-def say(*args):
-    """print, on rank 0 alone."""
+def say(message):
+    """Print a line, on rank 0 alone."""
     if RANK == 0:
-        print(*args, flush=True)
+        print(message, flush=True)
 
 
 def run(main):
