@@ -18,8 +18,8 @@ demo: .venv/ready
 	$(RUN) train.py config/demo_programs.py
 	$(RUN) prepare.py config/demo_edits.py
 	$(RUN) train.py config/demo_edits.py
-	$(RUN) evaluate.py config/demo.py --edit_retries=0,2
-	$(RUN) sample.py config/demo_edits.py
+	$(RUN) evaluate.py config/demo.py --init_from=out-demo,out-demo-programs,out-demo-edits --edit_retries=0,2
+	$(RUN) sample.py config/demo_edits.py < /dev/null
 	@$(RUN) -m config._demo_pictures && $(RUN) train.py --plot=out-demo-eval/loss.png \
 		out-demo/log.jsonl out-demo-programs/log.jsonl out-demo-edits/log.jsonl || true
 	@$(RUN) -c "import time; print(f'make demo: {(time.time() - float(open(\".venv/demo-start\").read())) / 60:.1f} min')"
@@ -28,7 +28,7 @@ demo: .venv/ready
 	@$(RUN) -m config._preflight $@ $(GPUS)
 	$(RUN) prepare.py config/$@.py
 	$(RANKS) train.py config/$@.py
-	$(RUN) prepare.py config/finetune_$@.py
+	$(RUN) prepare.py config/finetune_$@.py --form=
 	$(RUN) lintseq.py config/finetune_$@.py
 	$(RUN) prepare.py config/finetune_$@.py
 	$(RANKS) train.py config/finetune_$@.py
@@ -49,7 +49,7 @@ clean-demo:
 	@touch $@
 
 .venv/ready-real: .venv/ready
-	$(RUN) -m pip install -q pyarrow safetensors huggingface_hub
+	$(RUN) -m pip install -q pyarrow safetensors huggingface_hub tokenizers
 	@touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt

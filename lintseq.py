@@ -577,7 +577,8 @@ def write_edits(cfg):
         state = Path(f"{dest}.state.json")
         try:
             found = out.tell() or state.exists()
-            was, sizes, counts = json.loads(state.read_bytes()) if found else (settings, [0, 0], {})
+            was, sizes, counts, *_ = (
+                json.loads(state.read_bytes()) if found else (settings, [0, 0], {}))
             fits = was == settings and all(f.tell() >= size for f, size in zip(files, sizes))
         except (OSError, ValueError, TypeError):  # missing, broken
             fits = False
@@ -589,9 +590,9 @@ def write_edits(cfg):
             f.truncate()
         counts = Counter(counts)
 
-        def save():
+        def save(finished=False):  # prepare.py asks whether it is
             sizes = [f.tell() for f in files]  # it flushes
-            config.write_whole(state, json.dumps([settings, sizes, counts]).encode())
+            config.write_whole(state, json.dumps([settings, sizes, counts, finished]).encode())
 
         total = sum(1 for _ in read_source(source))
         done = counts["rows"]
@@ -601,7 +602,7 @@ def write_edits(cfg):
                 save()
             (out if "programs" in tally else skipped).write(text)
             counts.update(tally, rows=1)
-        save()
+        save(finished=True)
     if not counts["programs"] and config.WORLD == 1:
         config.die(f"{source} holds no program that can be written as edits: see {skipped.name}")
     print(f"{dest}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))

@@ -11,13 +11,14 @@ Writes data/<dataset>/{train,val}.bin, raw little-endian uint16 tokens without a
 meta.json: tokenizer, counts, sources, what was skipped and why (each in skipped.jsonl).
 Instruction data adds {train,val}.examples.npy, int64 (n, 2): where each example and where its
 response starts. meta.json comes last: where it is, all is whole, and is not made again; a run that
-was killed goes on. Machines that share a file system each take a share (torchrun, srun). Memory: a
-few times the longest document for each worker; disk: the tokens twice, until they are joined.
+was killed goes on. Machines that share a file system each take a share (torchrun, srun). Memory: of
+corpora a few times the longest document for each worker, of instruction data all of it; disk: the
+tokens twice, until they are joined.
 Left out: downloading and tokenizing at once, data that is not on a shared file system, streaming.
 """
 import ast
 import base64
-import hashlib
+import glob
 import itertools
 import json
 import os
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 import config
 import lintseq
-from config import RANK, WORLD, _demo_problems, die, write_whole
+from config import RANK, WORLD, _demo_problems, die, digest, say, write_jsonl, write_whole
 from lintseq import DIFF, EOT
 
 DATA, SPLITS = Path("data"), ("train", "val")
@@ -61,7 +62,7 @@ class Settings:
     seed = 1337  # of the family and of the order of examples
     workers = 0  # processes that tokenize; 0: one a CPU
     export = ""  # a folder with ckpt.pt, to be written as a Hugging Face model into its hf/
-    results = "out-eval"  # evaluate.py's folder, whose scores go into the model card
+    results = "out-eval"  # evaluate.py's folder: the scores anywhere in it go into the model card
 
 
 # -- Tokenizers -----------------------------------------------------------------------------------
@@ -77,8 +78,8 @@ PATTERN = "|".join([
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # GPT-2's way to write any byte as a printable character
-_hidden = [b for b in range(256) if not (33 <= b < 127 or 161 <= b != 173)]
-LETTERS = {b: chr(256 + _hidden.index(b) if b in _hidden else b) for b in range(256)}
+_unprintable = [b for b in range(256) if not (33 <= b < 127 or 161 <= b != 173)]
+LETTERS = {b: chr(256 + _unprintable.index(b) if b in _unprintable else b) for b in range(256)}
 BYTES = {letter: b for b, letter in LETTERS.items()}
 
 
@@ -155,10 +156,6 @@ def fingerprint(enc):
     return digest(repr((ranks, sorted(enc._special_tokens.items()), enc._pat_str)))
 
 
-def digest(text):
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def train_tokenizer(path, texts, size):
     """Train a byte-level BPE of `size` entries on some texts and write it in tiktoken's form."""
     import rustbpe
@@ -175,13 +172,14 @@ def tokenizer_texts(cfg):
     size = sum(os.path.getsize(path) for corpus in cfg.corpora for path in corpus_files(corpus))
     low, high = (cfg.val_fraction, 0.25 + 0.75 * cfg.val_fraction) if size > 4_000_000 else (0, 1)
     for corpus in cfg.corpora:
-        yield from (text for _, text in documents(corpus) if low <= hash_text(text) < high)
+        yield from (text for _, text in read_documents(corpus) if low <= hash_text(text) < high)
     for n, row in config.read_rows(cfg.source) if Path(cfg.source).is_file() else ():
         try:
             instruction, response = read_pair(row)
             yield instruction
+            # read_rows counts from 1, lintseq.py from 0
             yield "\n".join(lintseq.lintseq(response, random.Random(n - 1)))
-        except ValueError:
+        except Exception:  # no pair, no Python, too deep for the parser: lintseq.py lists them
             pass
 
 
@@ -250,29 +248,37 @@ def encode_example(enc, form, prompt, answer):
 # -- The Hugging Face hub -------------------------------------------------------------------------
 
 HUB = {  # our name: (dataset, the paths that begin so)
+    # corpora
     "fineweb": ("HuggingFaceFW/fineweb", "sample/10BT/"),
     "the-stack": ("bigcode/the-stack", "data/python/"),
+    # instruction data; FIELDS has the columns
     "magicoder": ("ise-uiuc/Magicoder-OSS-Instruct-75K",
                   "data-oss_instruct-decontaminated.jsonl"),
     "starcoder2": ("bigcode/self-oss-instruct-sc2-exec-filter-50k", "data/"),
+    # benchmarks, for contamination_test alone: evaluate.py downloads its own
     "humaneval": ("openai/openai_humaneval", "openai_humaneval/"),
     "mbpp": ("google-research-datasets/mbpp", "full/"),
 }
-TRIES = 6  # the pause after each is twice the one before: a minute in all
+TRIES = 6  # the pause before each is twice the one before: a minute in all
 
 
-def ask_hub(function, repo, *args, **where):
+def ask_hub(function, repo, *args, **options):
     """A function of huggingface_hub, called again where what failed may pass; OSError, with the
     mend, where it does not. The library sees to the cache (HF_HOME), HF_TOKEN and HF_ENDPOINT."""
     import huggingface_hub as hub
     for attempt in range(TRIES):
+        if attempt:
+            time.sleep(2 ** attempt)
         try:
-            return getattr(hub, function)(repo, *args, **where)
+            result = getattr(hub, function)(repo, *args, **options)
+            # A listing is a generator, which asks when it is read
+            return list(result) if function == "list_repo_tree" else result
         except ValueError:  # no name of a repository
             raise
         except Exception as e:  # the library's are OSErrors, but not those of its transport
             error, cause, status = e, e, None
-            page = f"{hub.constants.ENDPOINT}/{'datasets/' * bool(where)}{repo}"
+            # Options are given for datasets alone
+            page = f"{hub.constants.ENDPOINT}/{'datasets/' if options else ''}{repo}"
         while cause and not status:
             status = getattr(getattr(cause, "response", None), "status_code", None)
             cause = cause.__cause__
@@ -280,7 +286,6 @@ def ask_hub(function, repo, *args, **where):
             raise FileNotFoundError(
                 f"status {status}: not there, or gated: see {page}, accept its terms there, and "
                 "set HF_TOKEN to a token of that account")
-        time.sleep(2 ** attempt)
     raise ConnectionError(f"{page}: {error!r}; the same command goes on from here")
 
 
@@ -289,35 +294,36 @@ def download_dataset(name, count=None):
     all runs and ranks see the same, and a complete copy needs no network. Each rank begins with its
     share; the library's locks make it wait for what another one is downloading."""
     from huggingface_hub.constants import HF_HUB_CACHE
-    (repo, prefix), where = HUB[name], {"repo_type": "dataset"}
+    (repo, prefix), options = HUB[name], {"repo_type": "dataset"}
     listing = DATA / "hub" / f"{name}.json"
     if RANK == 0 and not listing.is_file():
-        commit = ask_hub("repo_info", repo, **where).sha
-        tree = ask_hub("list_repo_tree", repo, os.path.dirname(prefix), revision=commit, **where)
+        commit = ask_hub("repo_info", repo, **options).sha
+        tree = ask_hub("list_repo_tree", repo, os.path.dirname(prefix), revision=commit, **options)
         files = {file.path: file.size for file in tree
                  if file.path.startswith(prefix) and file.path.endswith(KINDS)}
         write_whole(listing, json.dumps([commit, files]).encode())
     wait_for(listing.is_file)
-    where["revision"], files = json.loads(listing.read_text())
+    options["revision"], files = json.loads(listing.read_text())
     paths = sorted(files)[:count]
     missing = sum(files[path] for path in paths
-                  if not ask_hub("try_to_load_from_cache", repo, path, **where))
+                  if not ask_hub("try_to_load_from_cache", repo, path, **options))
     check_disk_space(Path(HF_HUB_CACHE), f"downloads of {repo}", missing)
     for path in paths[RANK::WORLD]:
-        ask_hub("hf_hub_download", repo, path, **where)
-    return [ask_hub("hf_hub_download", repo, path, **where) for path in paths]
+        ask_hub("hf_hub_download", repo, path, **options)
+    return [ask_hub("hf_hub_download", repo, path, **options) for path in paths]
 
 
 def wait_for(ready):
     """Return when ready(), which rank 0 or others see to, is true."""
-    if WORLD > 1 and not ready():
+    if not ready():
         print("  waiting for other ranks")
-        while not ready():
-            time.sleep(1)
+    while not ready():
+        time.sleep(1)
 
 
 def check_disk_space(folder, what, wanted):
-    """Say how many bytes are about to be written; die if the disk has not so many."""
+    """Make the folder, say how many bytes are about to be written there, and die if its disk has
+    not so many."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if wanted > free:
@@ -340,7 +346,9 @@ def corpus_files(corpus):
     if corpus == "stdlib":
         return _demo_problems.stdlib_files()
     if name in HUB and not root.exists():
-        files = download_dataset(name, int(count) if count.isdigit() else None)
+        if count and not count.isdecimal():
+            die(f"corpora: {corpus}: {count!r} is no number of files")
+        files = download_dataset(name, int(count) if count else None)
     else:
         files = sorted(path for path in (root, *root.rglob("*"))
                        if path.is_file() and (path == root or path.name.endswith(KINDS)))
@@ -367,8 +375,8 @@ def split_file(path):
 
 def read_span(name, begin, end):
     """Yield (name of a document, its text, or the ValueError that says why there is none)."""
-    read, parse = {".parquet": (read_parquet, bytes.decode), ".jsonl": (read_lines, text_of_row),
-                   ".gz": (read_lines, text_of_row)}.get(Path(name).suffix, (read_text, str))
+    read, parse = {".parquet": (read_parquet, bytes.decode), ".jsonl": (read_lines, row_text),
+                   ".gz": (read_lines, row_text)}.get(Path(name).suffix, (read_text, str))
     try:
         for where, raw in read(name, begin, end):
             try:
@@ -384,7 +392,8 @@ def read_span(name, begin, end):
 def read_parquet(name, begin, end):
     import pyarrow
     file = config.open_parquet(name)
-    column = max({"text", "content"} & {*file.schema_arrow.names}, default=None)
+    names = file.schema_arrow.names
+    column = next((name for name in ("text", "content") if name in names), None)
     if not column:
         raise ValueError("no column text or content")
     for batch in file.iter_batches(16, row_groups=[begin], columns=[column]):  # 16 rows at a time
@@ -402,7 +411,7 @@ def read_lines(name, begin, end):
                 yield f", byte {at}", line
 
 
-def text_of_row(line):
+def row_text(line):
     row = config.parse_row(line)
     text = row.get("text", row.get("content"))
     return text if isinstance(text, str) else ""
@@ -415,7 +424,7 @@ def read_text(name, begin, end):
             yield "", text + f.readline(SHARD // 2)
 
 
-def documents(corpus):
+def read_documents(corpus):
     """Yield (name, text) of a corpus, without what cannot be read."""
     for path in corpus_files(corpus):
         for *span, _ in split_file(path):
@@ -448,12 +457,12 @@ def start_tokenizing(tokenizer):
     _enc = get_tokenizer(tokenizer)
 
 
-def tokenize_shard(done, spans, val_fraction):
+def tokenize_shard(report, spans, val_fraction):
     """Write the tokens of some spans' documents, each followed by end-of-text, into two files; then
-    the file `done`, which says which they are, how many documents they hold, what was skipped."""
-    if done.is_file():
+    the file `report`: their names, how many documents they hold, what was skipped."""
+    if report.is_file():
         return
-    names, counts, skipped = [f"{done}.{os.getpid()}.{split}" for split in SPLITS], [0, 0], []
+    names, counts, skipped = [f"{report}.{os.getpid()}.{split}" for split in SPLITS], [0, 0], []
     files = [open(name, "wb") for name in names]
     for name, text in (document for span in spans for document in read_span(*span)):
         if isinstance(text, ValueError):
@@ -467,7 +476,7 @@ def tokenize_shard(done, spans, val_fraction):
     for file in files:
         os.fsync(file.fileno())
         file.close()
-    write_whole(done, json.dumps([names, counts, skipped]).encode())
+    write_whole(report, json.dumps([names, counts, skipped]).encode())
 
 
 def write_bins(folder, enc, cfg):
@@ -476,38 +485,40 @@ def write_bins(folder, enc, cfg):
     whoever made them, and however often the run was killed."""
     sizes, shards = zip(*plan_shards(cfg.corpora))
     plan = json.dumps([fingerprint(enc), cfg.val_fraction, shards])
-    place = folder / f"shards-{digest(plan)}"
-    done = [place / f"{i:06}.json" for i in range(len(shards))]
+    shards_folder = folder / f"shards-{digest(plan)}"
+    reports = [shards_folder / f"{i:06}.json" for i in range(len(shards))]
     # shards and bins are two copies for a while: of two bytes for each four of text, or less
-    check_disk_space(place, f"tokens, {len(shards)} shards",
-                     sum(size for size, path in zip(sizes, done) if not path.is_file()))
+    check_disk_space(shards_folder, f"tokens, {len(shards)} shards",
+                     sum(size for size, path in zip(sizes, reports) if not path.is_file()))
     with config.start_pool(cfg.workers, start_tokenizing, cfg.tokenizer) as pool:
-        mine = slice(RANK, None, WORLD)
-        jobs = pool.map(tokenize_shard, done[mine], shards[mine], [cfg.val_fraction] * len(shards))
-        for _ in tqdm(jobs, "tokenizing", len(done[mine])):
+        my_shards = slice(RANK, None, WORLD)
+        jobs = pool.map(tokenize_shard, reports[my_shards], shards[my_shards],
+                        [cfg.val_fraction] * len(shards))
+        for _ in tqdm(jobs, "tokenizing", len(reports[my_shards])):
             pass
     if RANK == 0:
-        wait_for(lambda: all(path.is_file() for path in done))
-        join_shards(folder, enc, cfg, [json.loads(path.read_text()) for path in done])
+        wait_for(lambda: all(path.is_file() for path in reports))
+        join_shards(folder, enc, cfg, [json.loads(path.read_text()) for path in reports])
 
 
 def join_shards(folder, enc, cfg, shards):
     """Lay the shards' tokens end to end in folder/{train,val}.bin. Where there are too few
     documents to hold out one, the end of the tokens is held out."""
     names, counts, skipped = zip(*shards)
-    counts, bins = [*map(sum, zip(*counts))], [folder / f"{split}.bin" for split in SPLITS]
-    for bin, parts in zip(bins, zip(*names)):
-        with open(bin, "wb") as out:
+    counts, bin_paths = [*map(sum, zip(*counts))], [folder / f"{split}.bin" for split in SPLITS]
+    for bin_path, parts in zip(bin_paths, zip(*names)):
+        with open(bin_path, "wb") as out:
             for part in parts:
                 with open(part, "rb") as tokens:
                     shutil.copyfileobj(tokens, out)
     if cfg.val_fraction and (sum(counts) * cfg.val_fraction < 1 or 0 in counts):
-        tokens = np.concatenate([np.fromfile(bin, "<u2") for bin in bins])
+        tokens = np.concatenate([np.fromfile(path, "<u2") for path in bin_paths])
         n = max(1, int(len(tokens) * cfg.val_fraction), min(len(tokens) // 10, 4096))
-        print(f"  {sum(counts)} documents are too few to hold out one: the last {n:,} tokens are")
+        print(f"  {sum(counts)} documents are too few to hold out one: the last {n:,} tokens are "
+              "held out")
         counts = [sum(counts), 0]
-        for bin, part in zip(bins, np.split(tokens, [-n])):
-            part.tofile(bin)
+        for bin_path, part in zip(bin_paths, np.split(tokens, [-n])):
+            part.tofile(bin_path)
     write_meta(folder, enc, cfg, cfg.corpora, "documents", counts, sum(skipped, []))
 
 
@@ -526,10 +537,6 @@ def write_meta(folder, enc, cfg, sources, what, counts, skipped):
         write_whole(folder / "meta.json", json.dumps(meta, indent=2).encode())
 
 
-def write_jsonl(path, rows):
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
 def write_skipped(path, skipped):
     """List [where, reason]s in a JSONL; say and return how many there are of each reason."""
     write_jsonl(path, skipped)
@@ -544,7 +551,7 @@ def write_skipped(path, skipped):
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.M | re.S)
 
 
-def code_of(text):
+def extract_code(text):
     """The Python of an answer in Markdown: the contents of its python fences (of the bare ones, if
     there are none), joined; a text without fences if it is Python; else ""."""
     blocks = FENCE.findall(text)
@@ -554,7 +561,7 @@ def code_of(text):
         try:
             ast.parse(text)
             codes = [text]
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+        except Exception:  # no Python, or too deep for the parser
             pass
     code = "\n".join(textwrap.dedent(code).strip("\n") for code in codes)
     return code + "\n" if code.strip() else ""
@@ -570,8 +577,9 @@ def read_pair(row, kind=""):
         raise row
     fields = FIELDS.get(kind, ("instruction", "response"))
     instruction, response = map(row.get, fields)
-    if not isinstance(instruction, str) or not isinstance(
-            response, list if kind == "edits" else str) or {*map(type, response)} != {str}:
+    texts = response if kind == "edits" else [response]
+    if not (isinstance(instruction, str) and isinstance(texts, list) and response
+            and all(isinstance(text, str) for text in texts)):
         raise ValueError(f"no {' and '.join(fields)}")
     return instruction, response
 
@@ -581,7 +589,7 @@ def read_hub_pair(row, name):
     instruction, response = read_pair(row, name)
     if row.get("lang", "python") != "python":
         raise ValueError("of another language")
-    if not (code := code_of(response)):
+    if not (code := extract_code(response)):
         raise ValueError("without code")
     return instruction.strip(), code
 
@@ -598,7 +606,7 @@ def instruct_rows(name, cfg):
     return (row for path in paths for row in config.read_rows(path))
 
 
-def words(text):
+def split_words(text):
     return re.findall(r"[a-z]+", text.lower())
 
 
@@ -610,31 +618,32 @@ def contamination_test():
     for name, text, solution in (("humaneval", "prompt", "canonical_solution"),
                                  ("mbpp", "text", "code")):
         for _, row in instruct_rows(name, None):
-            problem, code = words(row[text]), words(row[solution])
+            problem, code = split_words(row[text]), split_words(row[solution])
             n = max(6, min(10, len(problem)))
             runs = [problem[i:i + n] for i in range(len(problem) - n + 1)]
             for run in runs + [code] * (len(code) >= 10):
                 known.setdefault(tuple(run[:6]), set()).add(" ".join(run))
 
     def is_contaminated(text):
-        mine = words(text)
-        whole = f" {' '.join(mine)} "
-        return any(f" {run} " in whole for i in range(len(mine))
-                   for run in known.get(tuple(mine[i:i + 6]), ()))
+        words = split_words(text)
+        whole = f" {' '.join(words)} "
+        return any(f" {run} " in whole for i in range(len(words))
+                   for run in known.get(tuple(words[i:i + 6]), ()))
     return is_contaminated
 
 
 def near_duplicate_test():
     """A test for a text: does it share 70% of its runs of five words with one before it (The
     Stack's measure)? Looked at are those that share one of the 16 runs whose hashes are smallest
-    (MinHash); a run that 50 texts have leads nowhere."""
-    kept, holders = [], {}
+    (MinHash). Of the texts that share one such run only the first 50 are looked at: a phrase that
+    very many have would cost time and tells nothing."""
+    kept, texts_with_run = [], {}  # each kept text's runs; {run: numbers of kept texts}
 
     def is_near_duplicate(text):
-        parts = words(text)
-        runs = {zlib.crc32(" ".join(parts[i:i + 5]).encode())
-                for i in range(max(1, len(parts) - 4))}
-        smallest = [holders.setdefault(run, []) for run in sorted(runs)[:16]]
+        words = split_words(text)
+        runs = {zlib.crc32(" ".join(words[i:i + 5]).encode())
+                for i in range(max(1, len(words) - 4))}
+        smallest = [texts_with_run.setdefault(run, []) for run in sorted(runs)[:16]]
         for other in set().union(*smallest):
             shared = len(runs.intersection(kept[other]))
             if shared >= 0.7 * (len(runs) + len(kept[other]) - shared):
@@ -650,18 +659,18 @@ def near_duplicate_test():
 def write_instruct(cfg):
     """Write cfg.source (pairs) and, with the family, cfg.benchmark (its held-out problems).
     Repeated responses go; of the hub's data near duplicates and what the benchmarks hold go too."""
-    pairs, skipped, tests = {}, [], {}
+    pairs, skipped, filters = {}, [], {}
     for name in cfg.instruct:
-        if name in HUB and not tests:
-            tests = {"with text of HumanEval or MBPP": contamination_test(),
-                     "near duplicate": near_duplicate_test()}
+        if name in HUB and not filters:
+            filters = {"with text of HumanEval or MBPP": contamination_test(),
+                       "near duplicate": near_duplicate_test()}
         for n, row in tqdm(instruct_rows(name, cfg), name):
             try:
                 instruction, response = read_hub_pair(row, name) if name in HUB else read_pair(row)
                 if response in pairs:
                     raise ValueError("repeated response")
-                for reason, test in tests.items() if name in HUB else ():
-                    if test(f"{instruction}\n{response}"):
+                for reason, is_unwanted in filters.items():
+                    if name in HUB and is_unwanted(f"{instruction}\n{response}"):
                         raise ValueError(reason)
                 pairs[response] = {"instruction": instruction, "response": response}
             except ValueError as e:
@@ -674,6 +683,15 @@ def write_instruct(cfg):
 
 
 # -- Examples to bins -----------------------------------------------------------------------------
+
+def check_finished(path):
+    """Die if lintseq.py, or one of its ranks, has not come to the end of the edits at `path`: their
+    state files say so. Files that came from elsewhere have none."""
+    for state in glob.glob(glob.escape(path) + "*.state.json"):
+        if not Path(state).read_text().endswith("true]"):
+            die(f"{path} is not whole: {state} says that lintseq.py has not come to its end; the "
+                "same command goes on from there")
+
 
 def write_examples(folder, enc, cfg, path):
     """Tokenize the examples in a file, of the form cfg.form, into folder/{train,val}.bin and
@@ -719,14 +737,14 @@ def tokenizer_json(enc):
 def export(cfg):
     """A checkpoint as a folder that Hugging Face's libraries load: weights, config, tokenizer and a
     model card."""
-    from model import GPT, load_file
+    from model import GPT, load_file, one_line
     try:
         checkpoint = load_file(Path(cfg.export, "ckpt.pt"))
         meta, model = checkpoint["meta"], GPT.from_checkpoint(checkpoint)
         enc = get_tokenizer(meta["tokenizer"])
     except Exception as e:
         die(f"--export={cfg.export}: its ckpt.pt, or the tokenizer in that, cannot be read: "
-            f"{(str(e) or repr(e)).splitlines()[0]}")
+            f"{one_line(e)}")
     if fingerprint(enc) != meta["fingerprint"]:
         die(f"{cfg.export} was trained with another {meta['tokenizer']}: put the old file back")
     folder = Path(cfg.export) / "hf"
@@ -742,14 +760,15 @@ def export(cfg):
 def model_card(cfg, checkpoint, model):
     """The model's README.md: what it reads and writes, a warning, its scores, its configuration."""
     name, scores = Path(cfg.export).name, []
-    try:
-        results = json.loads((Path(cfg.results) / "results.json").read_text())
-        scores = [f"- {Path(results['benchmark']).stem}, temperature {run['temperature']}: "
-                  f"pass@{k} {100 * score['mean']:.1f} ± {100 * score['standard_error']:.1f}"
-                  for run in results["runs"] if run["model"] == name
-                  for k, score in run["pass@k"].items()]
-    except Exception:
-        pass  # no scores
+    for path in sorted(Path(cfg.results).rglob("results.json")):
+        try:
+            results = json.loads(path.read_text())
+            scores += [f"- {Path(results['benchmark']).stem}, temperature {run['temperature']}: "
+                       f"pass@{k} {100 * score['mean']:.1f} ± {100 * score['standard_error']:.1f}"
+                       for run in results["runs"] if run["model"] == name
+                       for k, score in run["pass@k"].items()]
+        except Exception:
+            pass  # it is no results.json of evaluate.py
     scores = "\n".join(scores or ["None measured yet."])
     reads = {"edits": f"an instruction, a new line and `{DIFF}`, and writes a sequence of edits "
                       "(diffs) that put the program together",
@@ -789,30 +808,32 @@ def main():
     cfg = config.load(Settings)
     if cfg.export:
         return export(cfg)
-    if not (cfg.corpora or cfg.form or cfg.instruct and cfg.source):
+    if not (cfg.corpora or cfg.form or cfg.instruct) or cfg.instruct and not cfg.source:
         die("nothing to prepare: give a config file, as in python prepare.py config/demo.py, or "
             "--corpora=… (files of text), or --instruct=… with --source=…; --help lists all", 2)
     folder = DATA / cfg.dataset
     folder.mkdir(parents=True, exist_ok=True)
     lock = config.lock_file(folder / f".lock{RANK}")  # noqa: F841  held to the end
-    new = cfg.instruct and not Path(cfg.source).is_file()
-    if new and RANK == 0:
+    if cfg.instruct and Path(cfg.source).is_file():
+        say(f"{cfg.source} is there already; delete it to make it anew")
+    elif cfg.instruct and RANK == 0:
         write_instruct(cfg)
-    done = folder / "meta.json"
-    if done.is_file():
-        print(f"{folder} is there already; delete it to make it anew")
+    meta_path = folder / "meta.json"
+    if meta_path.is_file():
+        say(f"{folder} is there already; delete it to make it anew")
     elif cfg.form and RANK == 0:
         path = cfg.dest if cfg.form == "edits" else cfg.source
         if not Path(path).is_file():
-            die(f"next {path!r} is needed: lintseq.py makes edits (dest), instruct=… makes pairs "
-                "(source)", not new)
+            die(f"next {path!r} is needed: lintseq.py makes edits (dest; cat joins what its ranks "
+                "wrote), instruct=… makes pairs (source)")
+        check_finished(path)
         write_examples(folder, make_tokenizer(cfg), cfg, path)
     elif cfg.corpora and not cfg.form:
         write_bins(folder, make_tokenizer(cfg), cfg)
     if RANK == 0 and (cfg.corpora or cfg.form):
         for old in folder.glob("shards-*"):
             shutil.rmtree(old)
-        if not done.is_file():
+        if not meta_path.is_file():
             die(f"nothing to train on: {folder}/skipped.jsonl lists what was skipped")
 
 

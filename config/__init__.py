@@ -16,13 +16,11 @@ A config file is plain assignments and describes one experiment: every script ta
 keys that it knows, so a key that no script knows is a typo and an error. Names that start with `_`
 are the file's own.
 """
-import ast
 import difflib
 import fcntl
 import gzip
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -49,12 +47,13 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # -- Ranks: torchrun's variables, else those that srun gives each task of a step -------------------
 
 if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a batch script has none
-    node, number = re.match(r"([^\[,]+)\[?(\d*)", os.environ["SLURM_STEP_NODELIST"]).groups()
-    per_node = re.match(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"])[0]
+    # of "gpu[03-04,7]" the first is gpu03, where the ranks meet; "2(x2)" is 2 on each of two
+    _node, _number = re.match(r"([^\[,]+)\[?(\d*)", os.environ["SLURM_STEP_NODELIST"]).groups()
+    _per_node = re.match(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"])[0]
     os.environ.update(
         RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
-        LOCAL_RANK=os.environ["SLURM_LOCALID"], LOCAL_WORLD_SIZE=per_node)
-    os.environ.setdefault("MASTER_ADDR", node + number)  # of "gpu[03-04,7]" gpu03: they meet there
+        LOCAL_RANK=os.environ["SLURM_LOCALID"], LOCAL_WORLD_SIZE=_per_node)
+    os.environ.setdefault("MASTER_ADDR", _node + _number)
     os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000))
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -70,14 +69,15 @@ def die(message, status=1):
     raise SystemExit(status)
 
 
-def say(message):
-    """Print a line, on rank 0 alone."""
+def say(line):
+    """Print a line, on rank 0 alone, and at once."""
     if RANK == 0:
-        print(message, flush=True)
+        print(line, flush=True)
 
 
 def run(main):
-    """main(), where what a user can cause or mend ends it with one line."""
+    """Run a script's main(). What a user has caused or can mend (Ctrl-C, a full disk, no network, a
+    package that is not installed) ends the script with one line, not a traceback."""
     warnings.simplefilter("ignore", SyntaxWarning)  # what the parser says of others' programs
     try:
         main()
@@ -95,17 +95,13 @@ def run(main):
 
 # -- Settings --------------------------------------------------------------------------------------
 
-def declared(path):
-    """{key: (default, comment)}, as written in the `class Settings` of the script at `path`."""
-    source = path.read_text(encoding="utf-8")
-    lines, keys = source.splitlines(), {}
-    for node in ast.parse(source).body:
-        for a in node.body if isinstance(node, ast.ClassDef) and node.name == "Settings" else ():
-            if isinstance(a, (ast.Assign, ast.AnnAssign)):
-                name = a.target if isinstance(a, ast.AnnAssign) else a.targets[0]
-                comment = lines[a.end_lineno - 1].encode()[a.end_col_offset:].decode().strip(" #")
-                keys[name.id] = ast.unparse(a.value), comment
-    return keys
+def read_settings(path):
+    """{key: (default, comment)} of the script at `path`, from the lines of its `class Settings`,
+    each `key = default  # comment`. They are read as text: to import every script takes seconds."""
+    body = path.read_text(encoding="utf-8").partition("\nclass Settings:")[2]
+    body = re.split(r"\n(?=\S)", body)[0]
+    return {key: (default, comment) for key, default, comment
+            in re.findall(r"^    (\w+).*? = (.*?)  # (.*)", body, re.M)}
 
 
 def describe(allowed):
@@ -127,28 +123,36 @@ def convert(value, default, allowed=None):
         if default and not values:
             raise ValueError(f"is no list like {default!r}")
         return tuple(convert(v, default[0] if default else "", allowed) for v in values)
-    kind = type(default)
-    if kind is str and allowed and "yes" in allowed:  # --compile=True means yes
-        value = {True: "yes", False: "no"}.get(SWITCH.get(str(value).lower()), value)
+    kind, text = type(default), str(value).lower()
     try:
         if kind is bool:
-            value = SWITCH.get(str(value).lower())
-        elif kind is int and not isinstance(value, bool):  # 1e6 is one, 1.5 is not
-            number = int(value) if re.fullmatch(r"[-+]?\d+", str(value)) else float(value)
+            value = SWITCH[text]
+        elif kind is float:
+            value = float(text)
+        elif kind is int:  # 1e6 is one, 1.5 is not
+            number = int(text) if text.isdecimal() else float(text)
             value = int(number) if number == int(number) else None
-        elif kind is float and not isinstance(value, bool):
-            value = float(value)
-    except (ValueError, TypeError, OverflowError):
+        elif allowed and "yes" in allowed and text in SWITCH:  # --compile=True means yes
+            value = "yes" if SWITCH[text] else "no"
+    except (KeyError, ValueError, OverflowError):
         value = None
-    if type(value) is not kind:
+    if not isinstance(value, kind):
         raise ValueError(f"is not of type {kind.__name__} (default {default!r})")
-    if kind is str and allowed and value not in allowed:
+    if kind is str:
+        fits = not allowed or value in allowed
+    elif kind is not bool:
+        allowed = allowed or (0,)
+        least, most = allowed if len(allowed) == 2 else (*allowed, sys.float_info.max)
+        fits = least <= value <= most  # inf is not, nan neither
+    if kind is not bool and not fits:
         raise ValueError(f"is not {describe(allowed)}")
-    if kind in (int, float):
-        least, most = (*(allowed or (0,)), math.inf)[:2]
-        if not least <= value <= most or math.isinf(value):
-            raise ValueError(f"is not {describe(allowed or (0,))}")
     return value
+
+
+def nearest(word, words):
+    """The end of a message on a word that is not among `words`."""
+    near = difflib.get_close_matches(word, words, 1)
+    return f"; the nearest is {near[0]!r}" if near else ""
 
 
 def load(settings, argv=None):
@@ -157,50 +161,46 @@ def load(settings, argv=None):
     Positional arguments go to `cfg.paths` where the script declares it, except a config/*.py file.
     Exits with one line and status 2 on an unknown key, a value that does not fit, no such file."""
     module = sys.modules[settings.__module__]
-    keys = {k: v for k, v in vars(settings).items() if not k.startswith("_")}
-    every = {k for p in ROOT.glob("*.py") for k in declared(p)} | set(keys)
+    defaults = {k: v for k, v in vars(settings).items() if not k.startswith("_")}
+    known_keys = set(defaults).union(*map(read_settings, ROOT.glob("*.py")))  # of all scripts
     allowed = {k: get_args(v) or v for k, v in settings.__annotations__.items()}
-    cfg = SimpleNamespace(**keys)
+    cfg = SimpleNamespace(**defaults)
 
-    def put(key, value, where, known):
+    def set_key(key, value, where, known):
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            die(f"{where}: unknown key {key!r}; "
-                + (f"the nearest is {near[0]!r}" if near else "--help lists the keys"), 2)
-        if key in keys:
+            die(f"{where}: unknown key {key!r}"
+                + (nearest(key, known) or "; --help lists the keys"), 2)
+        if key in defaults:
             try:
-                setattr(cfg, key, convert(value, keys[key], allowed.get(key)))
+                setattr(cfg, key, convert(value, defaults[key], allowed.get(key)))
             except ValueError as e:
                 die(f"{where}: {key}={value!r} {e}", 2)
 
-    overrides, paths = [], []
-    for arg in sys.argv[1:] if argv is None else argv:
+    argv = sys.argv[1:] if argv is None else argv
+    for arg in sorted(argv, key=lambda arg: arg.startswith("-")):  # config files first
         if arg in ("-h", "--help"):
             print((module.__doc__ or "").strip(), "\n\nkeys, as --key=value:")
-            for key, (default, comment) in declared(Path(module.__file__)).items():
+            for key, (default, comment) in read_settings(Path(module.__file__)).items():
                 limits = f" ({describe(allowed[key])})" if key in allowed else ""
                 print(f"  --{key}={default}".ljust(38), comment + limits)
             raise SystemExit(0)
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
             key = key.replace("-", "_")
-            switch = isinstance(keys.get(key), bool) or "yes" in allowed.get(key, ())
-            if key in keys and not equals and not switch:
-                die(f"{arg}: no value; write {arg}={keys[key]!r}", 2)
-            overrides.append((key, value if equals else "True"))  # --flag is --flag=True
+            is_switch = isinstance(defaults.get(key), bool) or "yes" in allowed.get(key, ())
+            if key in defaults and not equals and not is_switch:
+                die(f"{arg}: no value; write {arg}={defaults[key]!r}", 2)
+            value = value if equals else "True"  # --flag is --flag=True
+            set_key(key, value, f"--{key}", defaults)
         elif arg.endswith(".py") and (
-                Path(arg).resolve().parent.name == "config" or "paths" not in keys):
+                Path(arg).resolve().parent.name == "config" or "paths" not in defaults):
             for key, value in read_config_file(arg).items():
                 if not key.startswith("_") and not isinstance(value, ModuleType):
-                    put(key, value, arg, every)
-        elif "paths" in keys:
-            paths.append(arg)
+                    set_key(key, value, arg, known_keys)
+        elif "paths" in defaults:
+            cfg.paths += (arg,)
         else:
             die(f"{arg}: not a config file (config/*.py) nor --key=value", 2)
-    for key, value in overrides:
-        put(key, value, f"--{key}", keys)
-    if paths:
-        cfg.paths = tuple(paths)
     return cfg
 
 
@@ -208,8 +208,7 @@ def read_config_file(path):
     """{name: value} of a config file's assignments."""
     if not Path(path).is_file():
         files = [f"config/{p.name}" for p in ROOT.glob("config/[!_]*.py")]
-        near = difflib.get_close_matches(path, files, 1)
-        die(f"{path}: no such config file" + (f"; the nearest is {near[0]}" if near else ""), 2)
+        die(f"{path}: no such config file" + nearest(path, files), 2)
     try:
         return runpy.run_path(path, run_name="config_file")
     except Exception as e:
@@ -218,8 +217,14 @@ def read_config_file(path):
 
 # -- Files -----------------------------------------------------------------------------------------
 
+def digest(text):
+    """16 hex digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def write_whole(path, data):
-    """Write bytes to a temporary file, flush, rename: a crash leaves the old file or none."""
+    """Write bytes to a temporary file, flush, rename: a crash leaves the old file, or the new one,
+    whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f"{path.name}.{RANK}.{os.getpid()}.tmp")
@@ -234,12 +239,8 @@ def write_whole(path, data):
 
 
 def write_jsonl(path, rows):
+    """write_whole, a line a row."""
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def digest(text):
-    """16 hex digits of its SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def lock_file(path):
@@ -248,7 +249,7 @@ def lock_file(path):
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         die(f"another run is writing there ({path} is locked): wait for it, or write elsewhere")
     return file
 
@@ -259,8 +260,8 @@ def open_lines(path):
 
 
 def parse_row(line):
-    """The object in one line (bytes) of a JSONL file; ValueError, with the reason, where it is none
-    or holds what UTF-8 cannot (half of a surrogate pair)."""
+    """The object in one line (bytes) of a JSONL file. ValueError, with the reason, where it is not
+    UTF-8, no JSON, no object, or holds half of a surrogate pair (which nothing can write)."""
     try:
         text = line.decode("utf-8-sig")
         row = json.loads(text)
@@ -276,8 +277,9 @@ def parse_row(line):
 
 
 def read_rows(path):
-    """Yield (number from 1, row, or the ValueError that it is) of a .jsonl, .jsonl.gz or .parquet
-    file. Blank lines count, but are passed over; a file that breaks off ends with a ValueError."""
+    """Yield (number from 1, row) of a .jsonl, .jsonl.gz or .parquet file; in place of a row that
+    cannot be read, the ValueError that says why. Blank lines count, but are passed over; a file
+    that breaks off ends with a ValueError."""
     n = 0
     try:
         if str(path).endswith(".parquet"):
@@ -294,7 +296,7 @@ def read_rows(path):
                         row = e
                     yield n, row
     except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as e:  # pyarrow's are ValueErrors
-        yield n + 1, ValueError(f"cannot be read: {(str(e).splitlines() or [''])[0]}")
+        yield n + 1, ValueError(f"cannot be read: {e}".splitlines()[0])
 
 
 def open_parquet(path):
@@ -305,14 +307,16 @@ def open_parquet(path):
 
 # -- Workers ---------------------------------------------------------------------------------------
 
-def start_pool(workers=0, prepare=None, *args):
-    """A ProcessPoolExecutor of `workers` processes (0: one a CPU). Each calls prepare(*args) first,
-    leaves Ctrl-C to its parent, and ends when its parent was killed."""
+def start_pool(workers=0, initializer=None, *args):
+    """A ProcessPoolExecutor of `workers` processes (0: one a CPU), where initializer(*args) is the
+    first that each calls."""
     return ProcessPoolExecutor(workers or CPUS, multiprocessing.get_context("spawn"), start_worker,
-                               (os.getpid(), prepare, args))
+                               (os.getpid(), initializer, args))
 
 
-def start_worker(parent, prepare, args):
+def start_worker(parent, initializer, args):
+    """What each worker does first: it leaves Ctrl-C to its parent, ends when that is gone (killed,
+    too), and calls the initializer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
@@ -321,5 +325,5 @@ def start_worker(parent, prepare, args):
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if prepare:
-        prepare(*args)
+    if initializer:
+        initializer(*args)

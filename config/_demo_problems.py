@@ -148,13 +148,14 @@ ARGUMENTS = "nums values items data numbers".split()
 
 
 def family_compositions():
-    """Every (filter, map, reduce, finish) whose types fit: well over 10,000, in a fixed order."""
+    """Every (filter, map, reduce, finish) whose types fit: 25,200, in a fixed order."""
     return [(f, m, r, e) for f in FILTERS for m in MAPS for r in REDUCES for e in FINISHES
             if FINISHES[e][3] in ("any", REDUCES[r][4])]
 
 
 def family_program(composition, name, argument, constants):
     """The program of one composition; constants: of the filter, map, reduction and finish."""
+    # keys of FILTERS, MAPS, REDUCES, FINISHES, and the constant {k} of each
     (f, m, r, e), (kf, km, kr, ke) = composition, constants
 
     def fill(text, k):

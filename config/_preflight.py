@@ -4,51 +4,61 @@ where something is missing.
     python -m config._preflight 150m 4
 """
 import importlib
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
 
 import config
+import prepare
 
 TOKENS = 72e9  # two epochs over 36 billion (arXiv 2410.02749)
 SPEED = {"150m": 104_000, "400m": 35_000}  # tokens/s of one H100, the paper's rate
-DATA = 200e9  # bytes under data/: tokens (72 GB, twice while they are joined), checkpoints
+DATA = 200e9  # bytes under data/: tokens (72 GB), twice while they are joined, and room to spare
 HUB = 120e9  # bytes under HF_HOME: both corpora as Parquet
+
+
+def bytes_under(folder):
+    """Of all files; a link, of which the hub's cache has one to each file, counts as a link."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def main():
     name, gpus = sys.argv[1], int(sys.argv[2])
     sys.argv[0] = f"make {name}"
+    import torch
+    from huggingface_hub import constants, get_token
     settings = importlib.import_module(f"config.{name}")
-    there = sum(f.stat().st_size for f in Path("data").rglob("*") if f.is_file())
-    free = shutil.disk_usage("data" if Path("data").exists() else ".").free
     hours = TOKENS / (gpus * SPEED[name]) / 3600
     print(f"make {name} GPUS={gpus}: prepare, pretrain, edits, finetune twice, evaluate, export\n"
           f"  each step goes on where it stopped; `make -n {name} GPUS={gpus}` shows them\n"
-          f"  disk: about {DATA / 1e9:.0f} GB under data/ ({there / 1e9:.1f} GB there, "
-          f"{free / 1e9:.0f} GB free), {HUB / 1e9:.0f} GB of downloads under HF_HOME\n"
+          f"  disk: about {DATA / 1e9:.0f} GB under data/, {HUB / 1e9:.0f} GB of downloads under "
+          "HF_HOME\n"
           f"  time: about {hours:.0f} hours of pretraining at the paper's {SPEED[name]:,} tokens/s "
           "a GPU;\n"
           "        tokenizing is about 4 core-hours, finetuning a few hours")
     if settings.batch_size % gpus:
         config.die(f"GPUS={gpus} does not divide the batch of {settings.batch_size} rows: take a "
                    "number that does")
-    packages = ("pyarrow", "safetensors", "huggingface_hub")
-    missing = [p for p in packages if not importlib.util.find_spec(p)]
-    if missing:
-        config.die(f"missing: pip install {' '.join(missing)}")
-    import torch
     if torch.cuda.device_count() < gpus:
         config.die(f"this machine has {torch.cuda.device_count()} CUDA GPUs, not {gpus}: say how "
                    "many with GPUS=, or try `make demo`, which needs none")
-    import huggingface_hub
-    if not huggingface_hub.get_token() and not Path("data/pretrain/meta.json").is_file():
+    if Path("data/pretrain/meta.json").is_file():
+        return  # the corpora are tokens already
+    if not get_token():
         config.die("no Hugging Face token: accept the terms on https://huggingface.co/datasets/"
                    "bigcode/the-stack and set HF_TOKEN to a token of that account")
-    if free + there < DATA:
-        config.die(f"about {(DATA - there - free) / 1e9:.0f} GB of disk are missing: make room, or "
-                   "make data/ a link to a larger disk")
+    data, hub = Path("data"), Path(constants.HF_HUB_CACHE)
+    cached = [hub / f"datasets--{prepare.HUB[corpus][0].replace('/', '--')}"
+              for corpus in settings.corpora]
+    still_free = {}  # number of a file system: its free bytes, less what is to be written there
+    for folder, parts, wanted in ((data, [data], DATA), (hub, cached, HUB)):
+        folder.mkdir(parents=True, exist_ok=True)
+        disk = folder.stat().st_dev
+        still_free.setdefault(disk, shutil.disk_usage(folder).free)
+        still_free[disk] -= max(0, wanted - sum(map(bytes_under, parts)))
+        if still_free[disk] < 0:
+            config.die(f"about {-still_free[disk] / 1e9:.0f} GB of disk are missing for {folder}: "
+                       "make room, or make it a link to a larger disk")
 
 
 if __name__ == "__main__":

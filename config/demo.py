@@ -27,8 +27,7 @@ eval_interval = 100
 eval_rows = 128
 log_interval = 20
 
-# the scores: a row a model
-init_from = "out-demo,out-demo-programs,out-demo-edits"
+# the scores
 temperatures = (0.0, 1.0)
 num_samples = 10
 max_new_tokens = 192

@@ -6,7 +6,6 @@ form = "edits"
 dataset = "demo-edits"
 pretrained = "out-demo"
 out_dir = "out-demo-edits"
-init_from = ""  # out_dir alone
 
 epochs = 1  # over 2 edit sequences a pair
 max_iters = 0

@@ -113,6 +113,9 @@ class Hub:
         authorization = request.headers.get("Authorization")
         if isinstance(fault, int):
             return self.reply(request, fault, Retry_After=0)
+        if fault and not path.startswith("/cdn/"):
+            request.close_connection = True
+            return
         if path.startswith("/cdn/"):
             return self.send_file(request, path[5:], fault)
         if self.token and authorization != f"Bearer {self.token}":
@@ -192,7 +195,7 @@ def hub(tmp_path, monkeypatch):
 def library():
     """The texts of this Python's standard library."""
     import prepare
-    return [text for _, text in prepare.documents("stdlib")]
+    return [text for _, text in prepare.read_documents("stdlib")]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """Settings from a file and the command line, through the scripts that users type."""
+import errno
 import gzip
 import os
 import subprocess
@@ -34,7 +35,7 @@ def test_defaults_file_then_command_line(tmp_path):
     (["--learning_rate=nan"], "is not at least 0"),
     (["--batch_size=0"], "is not at least 1"),
     (["--beta1=1.5"], "is not at least 0 and at most 0.99999"),
-    (["config/dem.py"], "no such config file; the nearest is config/demo.py"),
+    (["config/dem.py"], "no such config file; the nearest is 'config/demo.py'"),
     (["config/mine.txt"], "a config file lives in a folder named config/"),
 ])
 def test_mistakes_get_one_line(args, message, tmp_path):
@@ -145,6 +146,33 @@ def test_a_second_run_is_kept_from_a_locked_file(tmp_path):
     assert try_it().stdout == "locked\n"
 
 
+def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(config.fcntl, "flock", flock)
+    with pytest.raises(SystemExit):
+        config.run(lambda: config.lock_file(tmp_path / "lock"))
+    error = capsys.readouterr().err
+    assert "No locks available" in error and "another run" not in error
+
+
+@pytest.mark.parametrize("value, default, allowed, expected", [
+    ("12345678901234567890", 0, None, 12345678901234567890), (1e6, 0, None, 1000000),
+    (1, 0.5, None, 1.0), (True, "auto", ("auto", "yes", "no"), "yes"), (False, True, None, False),
+    (5, (), None, None), ([1, "2"], (1,), None, (1, 2)), (True, 0, None, None),
+    (True, 0.5, None, None), ("inf", 0.5, None, None), ("nan", 0.5, None, None),
+    ("nan", 0, None, None), ("inf", 0, None, None), ("-0.5", 0.5, None, None),
+    ([1], 0, None, None), (None, "", None, None), ("²", 0, None, None)])
+def test_a_value_takes_its_defaults_type_or_is_refused(value, default, allowed, expected):
+    if expected is None:
+        with pytest.raises(ValueError):
+            config.convert(value, default, allowed)
+    else:
+        got = config.convert(value, default, allowed)
+        assert got == expected and type(got) is type(expected)
+
+
 def test_every_config_file_loads_in_every_script():
     import importlib
     files = sorted((ROOT / "config").glob("[!_]*.py"))
@@ -164,3 +192,43 @@ def test_the_papers_figures():
         assert (tuned.learning_rate, tuned.decay, tuned.min_lr, tuned.weight_decay) == (3e-4, "linear", 0.0, 0.01)
         base = config.load(Settings, [str(ROOT / f"config/finetune_{name}_programs.py")])
         assert {k for k in vars(base) if getattr(base, k) != getattr(tuned, k)} == {"dataset", "out_dir", "epochs"}
+
+
+@pytest.mark.parametrize("gpus, change, message", [
+    (8, {}, "this machine has 4 CUDA GPUs, not 8"), (3, {}, "GPUS=3 does not divide the batch"),
+    (4, {"token": None}, "no Hugging Face token"), (4, {"free": 150e9}, "50 GB of disk are missing for data"),
+    (4, {"free": 250e9}, "70 GB of disk are missing for {hub}"),  # on the disk of data/
+    (4, {"free": 250e9, "cached": 80e9}, None), (4, {"free": 330e9}, None),
+    (4, {"free": 0, "token": None, "made": True}, None)])
+def test_what_the_papers_run_lacks_is_said_first(gpus, change, message, tmp_path, monkeypatch, capsys):
+    hub = pytest.importorskip("huggingface_hub")
+    import torch
+    from config import _preflight
+    change = {"token": "hf_x", "free": 1e15, "cached": 0, "made": False} | change
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["_preflight.py", "150m", str(gpus)])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(hub, "get_token", lambda: change["token"])
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(_preflight.shutil, "disk_usage", lambda path: type("Usage", (), {"free": change["free"]}))
+    cached = tmp_path / "hub/datasets--bigcode--the-stack/blobs/x"
+    cached.parent.mkdir(parents=True)
+    with open(cached, "wb") as f:
+        f.truncate(int(change["cached"]))
+    if change["made"]:
+        config.write_whole("data/pretrain/meta.json", b"{}")
+    if message:
+        with pytest.raises(SystemExit):
+            _preflight.main()
+        error = capsys.readouterr().err
+        assert message.format(hub=tmp_path / "hub") in error and error.count("\n") == 1
+    else:
+        _preflight.main()
+
+
+@pytest.mark.parametrize("script, nothing", [("sample", ""), ("evaluate", ())])
+@pytest.mark.parametrize("name", ["demo", "demo_programs", "demo_edits"])
+def test_a_demo_file_means_its_own_runs_model(script, nothing, name):
+    import importlib
+    cfg = config.load(importlib.import_module(script).Settings, [str(ROOT / f"config/{name}.py")])
+    assert cfg.init_from == nothing and cfg.out_dir == "out-" + name.replace("_", "-")

@@ -66,7 +66,8 @@ def test_downloads_go_through_faults_and_never_twice(hub, tokenizer):
     hub.files[f"{STACK}README.md"] = b"no"
     hub.files["datasets/bigcode/the-stack/data/java/0.parquet"] = b"no"
     cdn = f"/cdn/{STACK}"
-    hub.faults = {"/api/datasets/bigcode/the-stack": [503],
+    listing = f"/api/datasets/bigcode/the-stack/tree/{hub.COMMIT}/data/python"
+    hub.faults = {"/api/datasets/bigcode/the-stack": [503], listing: [503, None, "drop", 500],
                   cdn + "1.parquet": ["drop", "drop"], cdn + "2.parquet": [500, 429],
                   f"/{STACK[:-12]}/resolve/{hub.COMMIT}/data/python/3.parquet": [502, None, 504]}
     args = ("prepare.py", "--corpora=the-stack:4", f"--tokenizer={tokenizer}", *ARGS)
@@ -75,6 +76,7 @@ def test_downloads_go_through_faults_and_never_twice(hub, tokenizer):
     assert documents_of(Path("data/x"), tokenizer) == sorted(
         text for part in parts[:4] for text in part + ["x" * 200_000])
     assert gets(hub).count(cdn + "1.parquet") == 3 and gets(hub).count(cdn + "0.parquet") == 1
+    assert not hub.faults[listing]
     assert not any("4.parquet" in path or "README" in path or "java" in path for path in gets(hub))
     count = len(hub.requests)
     run(*args[:-2], "--dataset=again", cwd=".")  # all of it is there: no request at all
@@ -108,6 +110,12 @@ def test_what_is_not_there_and_a_server_that_never_recovers(hub, tokenizer, monk
         status, out, err = run(*args, cwd=".")
         assert status == 1 and told in err and err.count("\n") == 1
     hub.files[f"{FINEWEB}0.parquet"] = parquet("text", texts(9))
+    listing = f"/api/datasets/HuggingFaceFW/fineweb/tree/{hub.COMMIT}/sample/10BT"
+    hub.faults[listing] = [403]
+    status, out, err = run("prepare.py", "--corpora=fineweb", f"--tokenizer={tokenizer}", *ARGS,
+                           cwd=".")
+    assert status == 1 and err.count("\n") == 1 and "status 403" in err
+    assert f"{hub.url}/datasets/HuggingFaceFW/fineweb, accept its terms there" in err
     hub.faults[f"/cdn/{FINEWEB}0.parquet"] = [500] * 99
     code = "import config, prepare; prepare.TRIES = 2; config.run(prepare.main)"
     process = subprocess.run(

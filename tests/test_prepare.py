@@ -140,7 +140,7 @@ def test_few_documents_are_split_within(tokenizer, tmp_path, documents, val_frac
     if documents == 1:
         assert enc.decode(np.concatenate([found["train"], found["val"]]).tolist()) == words(
             4000) + prepare.EOT
-        assert "1 documents are too few to hold out one: the last" in out
+        assert re.search("1 documents are too few to hold out one: the last .* are held out", out)
     if val_fraction == "0.9":
         assert 0.7 < len(found["val"]) / total < 1
 
@@ -168,6 +168,11 @@ def test_nothing_to_validate_on_is_said_and_nothing_to_train_on_refused(tokenize
 @pytest.mark.parametrize("args, status, message", [
     ((), 2, "nothing to prepare: give a config file"), (("--dataset=x",), 2, "nothing to prepare"),
     (("--instruct=a.jsonl",), 2, "--instruct=… with --source=…"),
+    (("--instruct=a.jsonl", "--corpora=a.txt"), 2, "--instruct=… with --source=…"),
+    (("--corpora=the-stack:1e2", "--tokenizer=new.tiktoken"), 1, "'1e2' is no number of files"),
+    (("--form=edits", "--dest=part.jsonl"), 1, "part.jsonl is not whole: part.jsonl.state.json"),
+    (("--form=edits", "--dest=old.jsonl"), 1, "old.jsonl is not whole: old.jsonl.state.json"),
+    (("--form=edits", "--dest=ranks.jsonl"), 1, "ranks.jsonl.1-of-2.state.json says"),
     (("--corpora=a.txt", "--val_fraction=1"), 2, "at most 0.9"),
     (("--corpora=a.txt", "--val_fraction=-0.1"), 2, "at least 0"),
     (("--form=edit",), 2, "is not edits or programs"), (("--bpe_size=10",), 2, "at least 256"),
@@ -181,6 +186,12 @@ def test_what_cannot_be_done_gets_one_line(tmp_path, args, status, message):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "torn.tiktoken").write_text("IQ== 0\nIg== 1\n")
     (tmp_path / "torn.json").write_text("{")
+    for name, states in (("part", {"": [[], [0, 0], {}, False]}), ("old", {"": [[], [0, 0], {}]}),
+                         ("ranks", {".0-of-2": [[], [0, 0], {}, True],
+                                    ".1-of-2": [[], [0, 0], {}, False]})):
+        (tmp_path / f"{name}.jsonl").write_text("")
+        for rank, state in states.items():
+            (tmp_path / f"{name}.jsonl{rank}.state.json").write_text(json.dumps(state))
     got, out, err = run("prepare.py", *args, cwd=tmp_path)
     assert got == status and message in err.splitlines()[-1] and out == "", err
     assert err.count("\n") == 1 or "--instruct=no.jsonl" in args  # a progress bar
@@ -203,7 +214,7 @@ def test_shards_of_a_jsonl_lose_nothing(monkeypatch, tmp_path):
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     for size in (50, 64, 333, 10 ** 6):  # rows longer than a shard too
         monkeypatch.setattr(prepare, "SHARD", size)
-        assert [t for _, t in prepare.documents(str(path))] == texts
+        assert [t for _, t in prepare.read_documents(str(path))] == texts
 
 
 def test_long_texts_get_the_tokens_of_one_encoding(tokenizer):
@@ -226,7 +237,7 @@ def start_small(*args, env=()):
 
 def test_kill_9_workers_and_ranks_change_nothing(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    texts = [t for _, t in prepare.documents("stdlib")][:220]
+    texts = [t for _, t in prepare.read_documents("stdlib")][:220]
     Path("a").mkdir()
     parquet("a/0.parquet", "text", texts[:80], row_group_size=10)
     Path("a/1.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[80:200]))
@@ -363,16 +374,16 @@ def test_a_tokenizer_too_large_for_16_bits(tmp_path, tokenizer):
 
 # -- Instruction data -----------------------------------------------------------------------------
 
-def test_code_of_markdown():
+def test_code_in_markdown():
     text = "Here:\n```python\nx = 1\n```\nand\n```py\ny = 2\n```\n```bash\nls\n```"
-    assert prepare.code_of(text) == "x = 1\ny = 2\n"
+    assert prepare.extract_code(text) == "x = 1\ny = 2\n"
     text = "1. do\n   ```Python title=a\n   def f():\n       return 1\n   ```\n"
-    assert prepare.code_of(text) == "def f():\n    return 1\n"
-    assert prepare.code_of("```\nx = 1\n```") == "x = 1\n"
-    assert prepare.code_of("```python\nx = 1") == "x = 1\n"  # cut off
-    assert prepare.code_of("def f():\n    return 1") == "def f():\n    return 1\n"
-    assert prepare.code_of("I cannot do that.") == ""
-    assert prepare.code_of("```rust\nfn main() {}\n```") == ""
+    assert prepare.extract_code(text) == "def f():\n    return 1\n"
+    assert prepare.extract_code("```\nx = 1\n```") == "x = 1\n"
+    assert prepare.extract_code("```python\nx = 1") == "x = 1\n"  # cut off
+    assert prepare.extract_code("def f():\n    return 1") == "def f():\n    return 1\n"
+    assert prepare.extract_code("I cannot do that.") == ""
+    assert prepare.extract_code("```rust\nfn main() {}\n```") == ""
 
 
 def problem(i):
@@ -504,6 +515,37 @@ def test_rows_have_the_same_fate_everywhere(tokenizer, tmp_path):
         assert sum(meta["skipped"].values()) == len(listed) >= skipped
 
 
+def test_edits_of_a_run_that_was_killed_are_no_training_data(tokenizer, tmp_path):
+    row = json.dumps({"instruction": "x", "response": "y = 1\n" * 50}) + "\n"
+    (tmp_path / "s.jsonl").write_text(row * 3000)
+    process = start("lintseq.py", "--source=s.jsonl", "--dest=e.jsonl", "--workers=1", cwd=tmp_path)
+    edits = tmp_path / "e.jsonl"
+    while not edits.exists() or not edits.stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    status, out, err = run("prepare.py", "--form=edits", "--dest=e.jsonl", "--dataset=x",
+                           f"--tokenizer={tokenizer}", cwd=tmp_path)
+    assert status == 1 and "e.jsonl is not whole" in err and err.count("\n") == 1
+    assert not (tmp_path / "data/x/meta.json").exists()
+    Path(f"{edits}.state.json").unlink()  # edits from elsewhere have none
+    assert run("prepare.py", "--form=edits", "--dest=e.jsonl", "--dataset=x",
+               f"--tokenizer={tokenizer}", cwd=tmp_path)[0] == 0
+
+
+def test_a_tokenizer_is_trained_on_pairs_whatever_their_responses_are(tmp_path):
+    responses = ["x = 1\n", "This is no Python.", "x = " + "(" * 5000, "y = '\0'", "z = 2\n"]
+    (tmp_path / "s.jsonl").write_text("".join(
+        json.dumps({"instruction": f"row {i}", "response": response}) + "\n"
+        for i, response in enumerate(responses)))
+    status, out, err = run("prepare.py", "--form=programs", "--source=s.jsonl", "--dataset=x",
+                           "--tokenizer=own.tiktoken", "--bpe_size=260", cwd=tmp_path)
+    assert status == 0, err
+    meta = json.loads((tmp_path / "data/x/meta.json").read_text())
+    assert meta["train"]["examples"] + meta["val"]["examples"] + sum(meta["skipped"].values()) == 5
+
+
 def test_markers_in_data_are_text(tokenizer, tmp_path):
     pairs = [{"instruction": f"row {i} <|endoftext|> <|diff|>",
               "response": f"a = {i}\nb = '<|diff|>'"} for i in range(20)]
@@ -538,8 +580,11 @@ def test_instructions_then_edits_in_the_order_of_the_readme(tokenizer, tmp_path)
     (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "x", "response": "y = 1\nz = 2"}))
     args = ("--instruct=a.jsonl", "--source=s.jsonl", "--dest=e.jsonl", "--form=edits",
             f"--tokenizer={tokenizer}", "--dataset=x")
+    status, out, err = run("prepare.py", *args, "--form=", cwd=tmp_path)
+    assert status == 0 and (tmp_path / "s.jsonl").exists() and not err.count("prepare.py"), err
     status, out, err = run("prepare.py", *args, cwd=tmp_path)
-    assert status == 0 and (tmp_path / "s.jsonl").exists() and "lintseq.py" in err  # is next
+    assert status == 1 and "next 'e.jsonl' is needed: lintseq.py makes" in err
+    assert "s.jsonl is there already; delete it to make it anew" in out
     assert run("lintseq.py", "--source=s.jsonl", "--dest=e.jsonl", cwd=tmp_path)[0] == 0
     status, out, err = run("prepare.py", *args, cwd=tmp_path)
     assert status == 0 and "val: 0 tokens, 0 examples" in out, err

@@ -136,11 +136,15 @@ def test_export_is_read_by_transformers(workspace, exported):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
     folder, model = exported
-    (folder / "scores").mkdir()
-    (folder / "scores/results.json").write_text(json.dumps({"benchmark": "humaneval", "runs": [
-        {"model": name, "temperature": 1.0, "pass@k": {"1": {"mean": mean, "standard_error": 0.01}}}
-        for name, mean in (("exported", 0.125), ("other", 0.999))]}))
-    status, out, err = run("prepare.py", "--export=exported", "--results=scores", cwd=folder)
+    for benchmark, best in (("humaneval", 0.125), ("mbpp", 0.25)):  # where evaluate.py writes them
+        (folder / "out-eval" / benchmark).mkdir(parents=True)
+        path = folder / "out-eval" / benchmark / "results.json"
+        path.write_text(json.dumps({"benchmark": benchmark, "runs": [
+            {"model": name, "temperature": 1.0,
+             "pass@k": {"1": {"mean": mean, "standard_error": 0.01}}}
+            for name, mean in (("exported", best), ("other", 0.999))]}))
+    (folder / "out-eval/results.json").write_text("torn")
+    status, out, err = run("prepare.py", "--export=exported", cwd=folder)
     assert status == 0, err
     out = folder / "exported/hf"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
@@ -160,6 +164,7 @@ def test_export_is_read_by_transformers(workspace, exported):
         assert tokenizer.encode(text) == enc.encode(text, allowed_special="all")
     card = (out / "README.md").read_text()
     for part in ("humaneval, temperature 1.0: pass@1 12.5 ± 1.0", "n_layer = 2", "77 steps",
+                 "mbpp, temperature 1.0: pass@1 25.0 ± 1.0",
                  "must not be run without precautions", "learning_rate = 0.0123"):
         assert part in card
     assert "99.9" not in card

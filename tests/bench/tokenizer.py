@@ -28,7 +28,7 @@ import prepare  # noqa: E402
 
 SIZE, ROUNDS = int(float(os.environ.get("SIZE", 256e6))), 3
 os.chdir(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
-library = [text for _, text in prepare.documents("stdlib")]
+library = [text for _, text in prepare.read_documents("stdlib")]
 texts, size = [], 0
 while size < SIZE:
     texts.append(library[len(texts) % len(library)])
