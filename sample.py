@@ -24,7 +24,7 @@ class Settings:
     init_from = ""  # a folder with ckpt.pt, or a Hugging Face model; empty: out_dir, or the newest
     out_dir = ""  # where a config file's own training run wrote
     prompt = ""  # the instruction; empty: standard input, if piped in, else the benchmark's first
-    benchmark = "data/demo-problems.jsonl"  # JSONL of problems
+    benchmark = "data/demo-problems.jsonl"  # whose first instruction stands in for a prompt
     out = ""  # write the program to this file (with --num_samples=3: f.py, f-1.py, f-2.py)
     num_samples: (1,) = 1  # programs to write, with seeds seed, seed + 1, ...
     max_new_tokens: (1,) = 512  # of a sample, at most
@@ -51,31 +51,32 @@ def load_model(init_from, device="auto", dtype="auto"):
     Hugging Face model, whose form is "form" in its config.json, else what its name says: edits for
     "LintSeq", programs for another "Instruct". SystemExit with one line if it cannot be had."""
     import torch  # here: --help and a wrong key need not wait for it
-    from model import GPT, find_pretrained, load_file
+    from model import GPT, find_pretrained, load_file, one_line
     if device == "auto":
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() else "cpu")
+        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     try:
         folder = find_pretrained(init_from)
-        model = GPT.from_pretrained(folder).to(device, getattr(torch, dtype)).eval()
         if (folder / "ckpt.pt").is_file():
             checkpoint = load_file(folder / "ckpt.pt")
+            model = GPT.from_checkpoint(checkpoint)
             info = checkpoint["meta"] | {"step": checkpoint["step"]}
         else:
+            model = GPT.from_pretrained(folder)
             name = Path(init_from).name.lower()
             form = "edits" if "lintseq" in name else "programs" if "instruct" in name else "text"
             info = {"form": load_file(folder / "config.json").get("form", form), "step": 0,
                     "tokenizer": str(folder / "tokenizer.json")}
+        model = model.to(device, getattr(torch, dtype)).eval()
         enc = prepare.get_tokenizer(info["tokenizer"])
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as e:
-        torn, best = f"{init_from}/ckpt.pt cannot be read" in str(e), Path(init_from, "best.pt")
+        torn, best = "ckpt.pt cannot be read" in str(e), Path(init_from, "best.pt")
         advice = f"; put {best} in its place" if torn and best.is_file() else ""
-        die(f"{init_from} on {device}: {' '.join(str(e).split())}{advice}")
+        what = f"its ckpt.pt is not train.py's: no {e}" if isinstance(e, KeyError) else one_line(e)
+        die(f"{init_from} on {device}: {what}{advice}")
     found = prepare.fingerprint(enc)
-    info = {"fingerprint": found, "vocab_size": enc.n_vocab} | info
-    if info["fingerprint"] != found:
+    if info.setdefault("fingerprint", found) != found:  # a published model's file has none
         die(f"{init_from} was trained with another {info['tokenizer']} (its fingerprint is "
             f"{info['fingerprint']}, this one's {found}): put the old file back, or train again")
     return model, enc, info
@@ -107,7 +108,7 @@ def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, s
         return any(string in decode(enc, new[-24:]) for string in stop)
 
     def on_token(j, token):
-        i = fits[j]
+        i = fits[j]  # generate has only the prompts that fit
         if token is None:
             raws[i] = text_of(tokens[i])
             if on_done:
@@ -133,7 +134,7 @@ def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, s
 
 
 def marker_ends(enc):
-    """The tokens with which <|diff|> ends: its own, or the last of its spelling."""
+    """[the token with which <|diff|> ends]: its own, or the last of its spelling."""
     return [enc._special_tokens.get(DIFF, enc.encode_ordinary("\n" + DIFF)[-1])]
 
 
@@ -151,7 +152,7 @@ class EditChecker:
         if not text.endswith("\n" + DIFF):  # in a line of the program it is text
             return
         lines, report = list(self.lines), {"hunks": 0, "malformed": 0}
-        edits = [edit for edit in text.split("\n" + DIFF) if edit]  # one, or at the end none
+        edits = lintseq.split_edits(text)  # one, or at the end none
         for edit in edits:
             lintseq.apply_edit(lines, edit, report)
         if self.tries < self.retries and edits and (
@@ -189,7 +190,8 @@ def find_prompt(cfg, form):
     if prompt or form == "text":
         return prompt or "def "
     if not Path(cfg.benchmark).is_file():
-        die(f"no --prompt, nothing on standard input, and no --benchmark={cfg.benchmark}")
+        die("no --prompt, nothing on standard input, and no file of problems to take one from: "
+            f"--benchmark={cfg.benchmark}")
     _, row = next(config.read_rows(cfg.benchmark), (0, "it is empty"))
     if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
         die(f"--benchmark={cfg.benchmark}: no instruction in its first row ({row!s:.90}); "
@@ -241,7 +243,7 @@ def main():
             path = Path(cfg.out)
             if n:
                 path = path.with_stem(f"{path.stem}-{n}")
-            path.write_text(program, encoding="utf-8")
+            path.write_text(program + "\n", encoding="utf-8")
             print(f"# {path}", file=sys.stderr)
         else:
             print(program)

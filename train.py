@@ -2,11 +2,12 @@
 
     python train.py config/demo.py                                   # one CPU or GPU
     torchrun --nproc_per_node=4 train.py config/150m.py              # four GPUs of one node
-    python train.py --plot out/log.jsonl out-muon/log.jsonl          # curves of runs, as a PNG
+    python train.py --plot=loss.png out/log.jsonl out-muon/log.jsonl # the curves of runs
 
 Reads data/<dataset>/ (prepare.py), writes out_dir/ckpt.pt (the last state, to go on from), best.pt
-(the lowest validation loss; none without validation data) and log.jsonl. Run the same command again
-and it goes on where it stopped, with the settings it is given now; Ctrl-C and SIGTERM save first.
+(the lowest validation loss, without the optimizer's state; none without validation data) and
+log.jsonl. Run the same command again and it goes on where it stopped, with the settings it is given
+now; Ctrl-C and SIGTERM save first.
 
 Every epoch visits every row once, in an order that depends on the seed and the step alone: not on
 ranks, nor on restarts. Nothing else is drawn after the first weights, so a checkpoint holds no
@@ -30,12 +31,14 @@ from pathlib import Path
 from typing import Literal
 
 import config  # before torch: it says how its threads wait
-from config import LOCAL_RANK, RANK, WORLD, die
+from config import LOCAL_RANK, RANK, WORLD, die, say
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before a group exists: its defaults would keep gloo's threads alive
+# Now: imported later, by torch.compile or the first step, its functions' default arguments would
+# hold the process group, whose threads then abort the end of Python
+import torch.distributed.nn
 
 from model import GPT, GPTConfig, find_pretrained
 
@@ -52,7 +55,6 @@ class Settings:
     n_layer: (1,) = 12  # blocks
     n_head: (1,) = 12  # attention heads in each
     n_embd: (1,) = 768  # width of the residual stream
-    n_hidden = 0  # width of SwiGLU; 0: 4 * n_embd
     # the batch
     batch_size: (1,) = 1024  # rows of block_size tokens in an optimizer step, over all ranks
     micro_batch: (1,) = 32  # rows in a forward pass of a rank; passes are accumulated
@@ -77,16 +79,11 @@ class Settings:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # bfloat16 on cuda, else float32
     compile: Literal["auto", "yes", "no"] = "auto"  # on cuda
     wandb = ""  # a Weights & Biases project to log to
-    plot = False  # draw log.jsonl files (given as arguments; else out_dir's) into plot.png
+    plot = ""  # draw log.jsonl files (given as arguments; else out_dir's) into this PNG
     paths = ()  # the logs to draw
 
 
 # -- Ranks -----------------------------------------------------------------------------------------
-
-def say(line):
-    if RANK == 0:
-        print(line, flush=True)
-
 
 def join_ranks(cfg):
     """Meet the other ranks; the device of this one."""
@@ -119,8 +116,8 @@ def keep_freed_memory():
 
 
 def sum_over_ranks(x):
-    """The sum of a tensor over all ranks, in place. On the CPU it goes through gloo, and no rank
-    waits for its GPU."""
+    """The sum of a tensor over all ranks, in place. One on the CPU goes through gloo, so that no
+    rank waits for its GPU."""
     if WORLD > 1:
         dist.all_reduce(x)
     return x
@@ -144,6 +141,7 @@ class TextRows(Rows):
     """Pretraining text, cut into rows of block_size tokens (and the next one, a target only)."""
 
     def count(self, epochs=1):
+        """Rows in so many epochs."""
         return max(0, len(self.tokens) - 1) // self.T * epochs
 
     @cache
@@ -176,18 +174,19 @@ class ExampleRows(Rows):
                 "again")
         # A row of T inputs takes T + 1 tokens of an example, for the last is a target only. The
         # last token of the prompt predicts the first of the response.
-        whole = np.append(begin[1:], len(self.tokens)) - begin - 1
-        length, first = np.minimum(whole, self.T), np.maximum(response - begin - 1, 0)
-        kept = first < length
-        self.begin, self.length, self.first = begin[kept], length[kept], first[kept]
-        self.truncated, self.left_out = (whole[kept] > self.T).sum(), (~kept).sum()
-        self.plan, self.ends = [], []  # rows, as lists of example numbers; where the epochs end
+        full_length = np.append(begin[1:], len(self.tokens)) - begin - 1
+        length, first_target = np.minimum(full_length, self.T), np.maximum(response - begin - 1, 0)
+        kept = first_target < length
+        self.begin, self.length, self.first_target = begin[kept], length[kept], first_target[kept]
+        self.truncated, self.left_out = (full_length[kept] > self.T).sum(), (~kept).sum()
+        # rows, as lists of example numbers; how many there are up to the end of each epoch
+        self.plan, self.epoch_ends = [], []
 
     def plan_epoch(self):
         """Shuffled, each example in turn goes into the fullest of the open rows that has room; the
         fullest is closed when over 256 are open (so rows stay a random mix)."""
         open_rows = []  # sorted (room, row number)
-        rng = np.random.default_rng((self.seed, len(self.ends)))
+        rng = np.random.default_rng((self.seed, len(self.epoch_ends)))
         for e in rng.permutation(len(self.begin)).tolist():
             need = int(self.length[e])
             at = bisect_left(open_rows, (need,))
@@ -200,12 +199,12 @@ class ExampleRows(Rows):
             insort(open_rows, (room - need, r))
             if len(open_rows) > 256:
                 open_rows.pop(0)
-        self.ends.append(len(self.plan))
+        self.epoch_ends.append(len(self.plan))
 
     def count(self, epochs=1):
-        while len(self.ends) < epochs:
+        while len(self.epoch_ends) < epochs:
             self.plan_epoch()
-        return self.ends[epochs - 1]
+        return self.epoch_ends[epochs - 1]
 
     def __getitem__(self, i):
         while len(self.plan) <= i:
@@ -213,9 +212,9 @@ class ExampleRows(Rows):
         row, at = np.zeros((3, self.T), np.int64), 0
         row[1:] = -1
         for e in self.plan[i]:
-            b, n, first = self.begin[e], self.length[e], self.first[e]
+            b, n, first_target = self.begin[e], self.length[e], self.first_target[e]
             row[0, at:at + n] = self.tokens[b:b + n]
-            row[1, at + first:at + n] = self.tokens[b + first + 1:b + n + 1]
+            row[1, at + first_target:at + n] = self.tokens[b + first_target + 1:b + n + 1]
             row[2, at:at + n] = e
             at += n
         return row
@@ -298,18 +297,18 @@ def make_model(cfg, meta):
     if not cfg.pretrained:
         try:
             vocab_size = 64 * math.ceil(meta["vocab_size"] / 64)
-            return GPT(GPTConfig(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
-                                 cfg.n_hidden))
+            return GPT(GPTConfig(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
         except ValueError as e:
             die(e)
     try:
         folder = find_pretrained(cfg.pretrained)
         if (folder / "ckpt.pt").exists():
-            theirs = read_checkpoint(folder / "ckpt.pt")["meta"]["fingerprint"]
+            checkpoint = read_checkpoint(folder / "ckpt.pt")
+            model, theirs = GPT.from_checkpoint(checkpoint), checkpoint["meta"]["fingerprint"]
         else:
             import prepare
+            model = GPT.from_pretrained(folder)
             theirs = prepare.fingerprint(prepare.get_tokenizer(str(folder / "tokenizer.json")))
-        model = GPT.from_pretrained(folder)
     except (OSError, ValueError) as e:
         die(f"pretrained={cfg.pretrained}: {e}")
     if theirs != meta["fingerprint"]:
@@ -331,7 +330,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 0.05)
                 update = torch.stack(p.grad.lerp(momentum, 0.95).chunk(group["pieces"]))
                 _, rows, columns = update.shape
@@ -367,10 +368,9 @@ def make_optimizers(model, cfg, saved=()):
     optimizers = [torch.optim.AdamW(adamw, cfg.learning_rate, (cfg.beta1, cfg.beta2),
                                     weight_decay=cfg.weight_decay, fused=True)]
     if muon:
-        muon.sort(key=lambda group: group["pieces"])  # as checkpoints number them
         optimizers.append(Muon(muon, cfg.muon_lr, cfg.weight_decay))
-    for optimizer, was in zip(optimizers, saved):
-        optimizer.load_state_dict(was | {"param_groups": optimizer.state_dict()["param_groups"]})
+    for optimizer, state in zip(optimizers, saved):
+        optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
     return optimizers
 
 
@@ -438,7 +438,7 @@ def check_same_run(path, checkpoint, run):
 
 
 def describe_changes(checkpoint, cfg):
-    """What is otherwise than when the checkpoint was saved, for the line that says the run goes
+    """The settings that differ from the checkpoint's, as text for the line that says the run goes
     on."""
     was = checkpoint.get("settings", {})
     changed = [f"{k}: {was[k]} -> {v}" for k, v in vars(cfg).items()
@@ -472,7 +472,8 @@ def check_finite(value, what, ckpt):
 
 
 def open_log(path, step):
-    """The log without its lines past `step`, and half of one: those steps are done again."""
+    """The log without its lines past `step`, and half of one: those steps are done again. With -1
+    it is empty: of an earlier run not even step 0's line stays."""
     rows = config.read_rows(path) if path.exists() else ()
     kept = [row for _, row in rows if isinstance(row, dict) and row.get("step", 0) <= step]
     config.write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
@@ -494,13 +495,14 @@ def find_peak(device):
 def main():
     cfg = config.load(Settings)
     if cfg.plot:
-        return plot_logs(cfg.paths or (f"{cfg.out_dir}/log.jsonl",))
+        return plot_logs(cfg.paths or (f"{cfg.out_dir}/log.jsonl",), cfg.plot)
     if cfg.paths:
         die(f"{cfg.paths[0]}: a config file lives in a folder named config/; logs go with --plot")
     if cfg.batch_size % WORLD:
         die(f"batch_size={cfg.batch_size} is not a multiple of the {WORLD} ranks")
     device = join_ranks(cfg)
-    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    fastest = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = fastest if cfg.dtype == "auto" else cfg.dtype
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32 on a GPU
     torch.manual_seed(cfg.seed)
@@ -516,13 +518,13 @@ def main():
     max_iters = cfg.max_iters or math.ceil(train_rows.count(cfg.epochs) / cfg.batch_size)
     run = {"config": asdict(model.config), "meta": meta, "order": {k: getattr(cfg, k) for k in (
         "batch_size", "block_size", "seed", "optimizer", "dataset")}}  # what must stay as it was
-    step, best, evaluated = 0, math.inf, -1
+    step, best, last_eval = 0, math.inf, -1
     checkpoint = read_checkpoint(ckpt) if ckpt.exists() else {}
     if checkpoint:
         check_same_run(ckpt, checkpoint, run)
-        model.load_state_dict(checkpoint["model"])
-        step, best, evaluated = (checkpoint[k] for k in ("step", "best", "evaluated"))
-        if step > max_iters or step == max_iters == evaluated:
+        model.load_state_dict(checkpoint.pop("model"))
+        step, best, last_eval = (checkpoint[k] for k in ("step", "best", "evaluated"))
+        if step > max_iters or step == max_iters == last_eval:
             return say(f"{out} is finished ({step:,} steps): raise --max_iters, or delete it and "
                        "begin anew")
         say(f"going on from {ckpt} at step {step:,} ({describe_changes(checkpoint, cfg)})")
@@ -557,21 +559,21 @@ def main():
 
     def save():
         state = run | {"model": model.state_dict(), "step": step, "best": best,
-                       "evaluated": evaluated, "settings": vars(cfg)}
-        if evaluated == step and val == best:  # first: killed in between, a run saves both again
+                       "evaluated": last_eval, "settings": vars(cfg)}
+        if last_eval == step and val == best:  # first: killed in between, a run saves both again
             save_checkpoint(out / "best.pt", state)
         save_checkpoint(ckpt, state | {"optimizers": [o.state_dict() for o in optimizers]})
 
     batches, val = read_step(train_rows, step, cfg, device), math.nan
     while True:
-        if evaluated != step and (step % cfg.eval_interval == 0 or step == max_iters):
+        if last_eval != step and (step % cfg.eval_interval == 0 or step == max_iters):
             if val_rows.count():
                 val = evaluate(model, val_rows, cfg, device, autocast)
                 check_finite(val, f"validation loss at step {step:,}", ckpt)
                 say(f"step {step:,}: validation loss {val:.4f}")
                 record(val_loss=val)
                 best = min(best, val)
-            evaluated = step
+            last_eval = step
             if step:
                 save()
         if step == max_iters:
@@ -583,7 +585,7 @@ def main():
         targets, asked = sum_over_ranks(counts).tolist()
         if asked:
             save()
-            sum_over_ranks(torch.zeros(1))  # a rank that ended before would have the others killed
+            sum_over_ranks(torch.zeros(1))  # all have saved: torchrun kills the rest when one ends
             say(f"asked to stop: saved {ckpt} at step {step:,}; the same command goes on from it")
             break
 
@@ -613,7 +615,7 @@ def main():
             mfu = speed * model.flops_per_token(cfg.block_size) / (WORLD * find_peak(device))
             left = timedelta(seconds=round((max_iters - step) * step_tokens / speed))
             say(f"step {step:>6,}/{max_iters:,} | loss {loss:.4f} | lr {rates['lr']:.1e} | norm "
-                f"{norm:.2f} | {speed:,.0f} tok/s | " + f"MFU {mfu:.1%} | " * (mfu > 0)
+                f"{norm:.2f} | {speed:,.0f} tok/s | " + (f"MFU {mfu:.1%} | " if mfu else "")
                 + f"{left} left")
             record(loss=loss, **rates, norm=norm, tokens_per_second=speed, mfu=mfu)
 
@@ -622,8 +624,8 @@ def main():
     raise SystemExit(128 + stop[0] if stop else 0)
 
 
-def plot_logs(paths):
-    """Draw training and validation loss over tokens of each log.jsonl into plot.png."""
+def plot_logs(paths, png):
+    """Draw training and validation loss over tokens of each log.jsonl."""
     import matplotlib.pyplot as plt
     for path in paths:
         lines = [x for _, x in config.read_rows(path) if isinstance(x, dict) and "tokens" in x]
@@ -634,8 +636,8 @@ def plot_logs(paths):
             plt.plot([x["tokens"] for x in at], [x[key] for x in at], label=f"{path}: {key}")
     plt.xlabel("tokens")
     plt.legend()
-    plt.savefig("plot.png")
-    print("plot.png")
+    plt.savefig(png)
+    print(png)
 
 
 FAULTS = {  # what a RuntimeError says of what a user can mend: how

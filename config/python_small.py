@@ -3,7 +3,7 @@
     python prepare.py config/python_small.py
     python train.py config/python_small.py
     python train.py config/python_small.py --optimizer=muon --out_dir=out-python-muon
-    python train.py --plot out-python/log.jsonl out-python-muon/log.jsonl
+    python train.py --plot=loss.png out-python/log.jsonl out-python-muon/log.jsonl
 """
 import sysconfig as _sysconfig
 dataset = "python"

@@ -38,6 +38,14 @@ def run(script, *args, cwd, ranks=1):
     return process.returncode, out, err
 
 
+def stop_servers():
+    """End the sandbox's idle servers: the next program starts one."""
+    import evaluate
+    for servers in evaluate._idle:
+        while servers:
+            servers.pop().communicate()  # end of file: it ends by itself
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory):
     """A folder with small real data: data/text from some standard library files, data/edits and

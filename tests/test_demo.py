@@ -1,9 +1,11 @@
 """The demo's data; sample.py and evaluate.py on a model that is trained here, as newcomers do."""
 import json
+import os
 import random
 import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 from conftest import ROOT, run
@@ -121,3 +123,28 @@ def test_a_scored_table_of_a_model(tuned):
                            "--num_samples=2", "--ks=1,2", "--max_new_tokens=80", "--unsafe", cwd=tuned)
     assert status == 0, err
     assert "pass@1" in out and "pass@2" in out and "out-tuned" in out
+
+
+def test_the_pictures_show_the_edits_and_the_scores(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "out-demo-eval"
+    (folder / "out-demo-edits-t0").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    problem = {"task_id": "family/0", "instruction": "Return `x < 1`.", "entry_point": "f"}
+    (tmp_path / "data/demo-problems.jsonl").write_text(json.dumps(problem) + "\n")
+    raw = ("@@ -0,0 +1 @@\n+def f(x):\n<|diff|>@@ -1,0 +2 @@\n+    return y\n<|diff|>"
+           "@@ -1,0 +2 @@\n+    y = x < 1\n<|diff|>\n<|diff|>")
+    row = {"task_id": "family/0", "raw": raw, "passed": True}
+    (folder / "out-demo-edits-t0/samples.jsonl").write_text(json.dumps(row) + "\n")
+    runs = [{"model": "out-demo-edits", "temperature": t, "correct": {"family/0": [4, 2]}}
+            for t in (0.0, 1.0)]
+    (folder / "results.json").write_text(json.dumps({"runs": runs}))
+    subprocess.run([sys.executable, "-m", "config._demo_pictures"], cwd=tmp_path, check=True,
+                   env={**os.environ, "PYTHONPATH": str(ROOT)})
+    svg = ElementTree.parse(folder / "edits.svg").getroot()
+    texts = [x.text for x in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts == ["Return `x < 1`.", "edit 1", "def f(x):", "edit 2", "def f(x):",
+                     "    return y", "edit 3", "def f(x):", "    y = x < 1", "    return y"]
+    new = [x.get("x") for x in svg.iter("{http://www.w3.org/2000/svg}rect") if x.get("x")]
+    assert len(new) == 3 == len(set(new))  # one line in each panel
+    assert (folder / "plot.png").read_bytes()[:4] == b"\x89PNG"

@@ -51,6 +51,9 @@ class Model:
 def has_errors(program): return False
 def load_model(name, device="auto", dtype="auto"):
     form = "text" if "pretrained" in name else "edits"
+    if "FAKE_LOST" in os.environ:
+        import evaluate
+        evaluate.run_program = lambda *_: evaluate.Result(False, "lost", "")
     return Model(), Encoding(), {"form": form, "step": 7, "fingerprint": "1"}
 def complete(model, enc, form, prompts, *, seeds, on_done=None, **settings):
     for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
@@ -96,7 +99,7 @@ def finished(process):
 
 
 def rows(path):
-    return [json.loads(line) for line in open(path)]
+    return [json.loads(line) for line in open(path) if line.strip()]
 
 
 def test_pass_at_k_is_the_chance_that_a_random_k_of_n_hold_a_right_one():
@@ -435,7 +438,20 @@ def test_a_changed_completion_is_judged_anew(tmp_path):
     text, passed = judged((0, wrong), (0, wrong))
     assert passed == [False, False] and "ran 1 programs of 2" in text
     assert "1 of 2 problems have no completion" in text and "pass@10 takes 10 samples of every problem" in text
+    kept = rows(out / "journal-0.jsonl")
+    assert judged((0, wrong), (0, wrong))[1] == [False, False]
+    assert rows(out / "journal-0.jsonl") == kept  # nothing is written twice
     assert judged((0, right), (1, right + " + 1"))[1] == [True, True]
+
+
+def test_an_accident_of_the_sandboxs_is_said_and_no_verdict_for_ever(fake, tmp_path):
+    args = ["--init_from=tuned", "--temperatures=0", "--results=r"]
+    out = finished(fake(*args, FAKE_LOST="1"))
+    assert "tuned: 12 programs were lost; run this again to judge them: counted as not" in out
+    assert {r["status"] for r in rows(tmp_path / "r/samples.jsonl")} == {"lost"}
+    out = finished(fake(*args))
+    assert "drew 0 samples of 12" in out and "ran 12 programs of 12" in out and "lost" not in out
+    assert "lost" not in {r["status"] for r in rows(tmp_path / "r/samples.jsonl")}
 
 
 def test_a_prompt_that_leaves_no_room_is_counted_and_said(fake, tmp_path):
@@ -637,16 +653,16 @@ def test_a_benchmark_is_downloaded_once_and_checked(tmp_path, monkeypatch, capsy
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/mbpp.jsonl"
     monkeypatch.setattr(evaluate.config, "ROOT", tmp_path)
-    monkeypatch.setitem(evaluate.SOURCES, "mbpp", (address, "0" * 64))
+    monkeypatch.setitem(evaluate.BENCHMARKS, "mbpp", (address, "0" * 64))
     monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: None)
     with pytest.raises(SystemExit):
         problems("mbpp")
     assert "SHA-256" in capsys.readouterr().err and not list(tmp_path.rglob("*.jsonl"))
-    monkeypatch.setitem(evaluate.SOURCES, "mbpp", (address, hashlib.sha256(data).hexdigest()))
+    monkeypatch.setitem(evaluate.BENCHMARKS, "mbpp", (address, hashlib.sha256(data).hexdigest()))
     assert len(problems("mbpp")) == len(problems("mbpp")) == 2
     assert len(asked) == 3
     server.shutdown()
-    monkeypatch.setitem(evaluate.SOURCES, "mbppplus",
+    monkeypatch.setitem(evaluate.BENCHMARKS, "mbppplus",
                         (f"http://127.0.0.1:{server.server_port}/gone", "0" * 64))
     server.server_close()
     with pytest.raises(SystemExit):

@@ -298,7 +298,7 @@ def test_a_model_that_knows_the_answer_writes_it(call, monkeypatch, terminal):
         (["--init_from=nowhere"], b"", "nowhere on cpu: nowhere/config.json cannot be read"),
         (["--out_dir=nowhere"], b"", "nowhere on cpu: nowhere/config.json cannot be read"),
         ([], b"\xff", "standard input is not UTF-8"),
-        ([], b"", "no --benchmark=data/demo-problems.jsonl"),
+        ([], b"", "from: --benchmark=data/demo-problems.jsonl"),
         (
             ["--benchmark=broken.jsonl"],
             b"",

@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, stop_servers
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import evaluate  # noqa: E402
-from evaluate import run_program  # noqa: E402
+import evaluate
+from evaluate import run_program
 
 try:
     run_program("pass")
@@ -258,6 +257,24 @@ def test_no_network():
         assert result.status == "error" and "refused" in result.message
 
 
+def test_keys_of_the_callers_session_are_out_of_reach():
+    add, keyctl = (248, 250) if os.uname().machine == "x86_64" else (217, 219)
+    search = f"libc.syscall({keyctl}, 10, -3, b'user', b'evaluate', 0)"  # the session's keyring
+    code = f"""
+import ctypes
+from evaluate import run_program
+libc = ctypes.CDLL(None)
+libc.syscall({keyctl}, 1, None)
+libc.syscall({add}, b"user", b"evaluate", b"TOKEN-1234", 10, -3)
+print({search} > 0, run_program("import ctypes; libc = ctypes.CDLL(None)",
+                                tests="raise Exception({search})").message)
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if out.stdout.startswith("False"):
+        pytest.skip("no keyctl here")
+    assert out.stdout == "True Exception: -1\n", out.stderr
+
+
 def test_no_privileges():
     assert see("""
 import ctypes, os
@@ -278,9 +295,9 @@ for call in (lambda: os.setuid(0), lambda: os.chroot('.'),
 def test_the_process_that_waits_beside_a_program_is_out_of_its_reach():
     """It shares the server's memory and has the server's open files: no signal ends it, none of
     what a debugger does works on it, and the server is the same afterwards."""
-    evaluate.stop_servers()
+    stop_servers()
     run_program("pass")
-    server, = evaluate._idle
+    server, = evaluate._idle[False]
     assert see("""
 import ctypes, os, signal
 libc = ctypes.CDLL(None, use_errno=True)
@@ -310,7 +327,7 @@ except OSError:  # an older kernel
 seen.append(os.getppid())
 """, "seen") == str([-1] * 13 + [0])
     assert run_program("def f(x): return 2", tests=FALSE).passed
-    assert evaluate._idle == [server] and server.poll() is None
+    assert evaluate._idle[False] == [server] and server.poll() is None
 
 
 def test_cpu_time_counts_and_a_busy_machine_does_not():
@@ -367,7 +384,7 @@ def test_programs_have_what_they_need():
 def test_set_order_is_the_same_in_every_process():
     orders = set()
     for _ in range(2):
-        evaluate.stop_servers()
+        stop_servers()
         orders.add(see("", "list({'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'})"))
     assert len(orders) == 1
 
@@ -382,11 +399,26 @@ def test_many_at_once():
 
 
 def test_a_killed_server_is_replaced():
-    evaluate.stop_servers()
+    stop_servers()
     run_program("pass")
-    server, = evaluate._idle
+    server, = evaluate._idle[False]
     server.kill()
     assert run_program("def f(x): return 2", tests=FALSE).passed
+
+
+def test_a_program_whose_server_dies_twice_is_lost(monkeypatch):
+    start = evaluate.start_server
+
+    def start_dying(unsafe):
+        server = start(unsafe)
+        server.kill()
+        server.wait()
+        return server
+
+    stop_servers()
+    monkeypatch.setattr(evaluate, "start_server", start_dying)
+    assert run_program("pass").status == "lost"
+    assert evaluate._idle == ([], [])
 
 
 def test_nothing_survives_when_the_caller_is_killed():
@@ -440,10 +472,15 @@ for program in ["f = lambda x: 2", "f = lambda x: 3", "while True: pass", "impor
 left = ("import os, time\\nif os.fork() == 0:\\n    os.setsid()\\n"
         "    if os.fork() == 0: time.sleep(77)\\n    time.sleep(77)\\nraise Exception(os.getcwd())")
 result = run_program(left, unsafe=True)
-print(result.status, os.path.exists(result.message.split()[-1]), evaluate._idle[0].protections)
-server = evaluate._idle[0].pid
+server, = evaluate._idle[True]
+print(result.status, os.path.exists(result.message.split()[-1]), server.protections)
+server = server.pid
 print(repr(open(f"/proc/{server}/task/{server}/children").read()))
+try:
+    run_program("pass")  # the server with limits alone is not for this one
+except RuntimeError as e:
+    print("refused")
 """)
     assert out.stdout.splitlines() == ["passed", "failed", "timeout", "exited", "memory",
                                        "error False LIMITS ONLY: programs run with your rights, "
-                                       "on your files", "''"], out.stderr
+                                       "on your files", "''", "refused"], out.stderr

@@ -561,10 +561,10 @@ def test_plot_draws_a_png(workspace, tmp_path):
     (tmp_path / "out").mkdir()
     text = "".join(json.dumps(x) + "\n" for x in lines) + '{"step": 10, "lo'  # a run is writing it
     (tmp_path / "out/log.jsonl").write_text(text)
-    for args in (("--plot", "out/log.jsonl"), ("--plot",)):
+    for args in (("--plot=plot.png", "out/log.jsonl"), ("--plot=plot.png",)):
         status, out, err = run("train.py", *args, cwd=tmp_path)
         assert status == 0 and (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG", err
         (tmp_path / "plot.png").unlink()
     says = "README.md is not the log.jsonl of a run"
-    refused("--plot", ROOT / "README.md", cwd=tmp_path, says=says)
-    refused("--plot", "nowhere.jsonl", cwd=tmp_path, says="nowhere.jsonl")
+    refused("--plot=plot.png", ROOT / "README.md", cwd=tmp_path, says=says)
+    refused("--plot=plot.png", "nowhere.jsonl", cwd=tmp_path, says="nowhere.jsonl")

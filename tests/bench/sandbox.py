@@ -72,7 +72,7 @@ def main():
     os.sched_setaffinity(0, cores[:1])  # inherited by every process started from here on
     ours(rows[0]), theirs(rows[0])  # start what is started once
     print(f"{platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}; "
-          f"{evaluate._idle[0].protections}")
+          f"{evaluate._idle[False][0].protections}")
     print("one core, from a process that does nothing else:")
     turns(rows)
     print("one core, from a process that holds the model that drew the samples:", flush=True)
@@ -82,7 +82,7 @@ def main():
     turns(rows)
     del model
     os.sched_setaffinity(0, cores)
-    evaluate.stop_servers()
+    evaluate._idle[False].clear()  # its servers are bound to one core
     with ThreadPoolExecutor(len(cores)) as pool:
         list(pool.map(ours, rows[:2 * len(cores)]))
         start = time.perf_counter()
