@@ -17,8 +17,8 @@ def test_defaults_file_then_command_line(tmp_path):
     (tmp_path / "config").mkdir()
     mine = tmp_path / "config" / "mine.py"
     mine.write_text("_rows = 2 ** 5\nbatch_size = _rows * 4\nlearning_rate = 1\nnum_samples = 3\n")
-    cfg = config.load(Settings, [str(mine), "--learning_rate=2e-3", "--max_iters=1e3", "--plot"])
-    assert (cfg.batch_size, cfg.learning_rate, cfg.max_iters, cfg.plot, cfg.grad_clip) == (128, 2e-3, 1000, True, 1.0)
+    cfg = config.load(Settings, [str(mine), "--learning_rate=2e-3", "--max_iters=1e3"])
+    assert (cfg.batch_size, cfg.learning_rate, cfg.max_iters, cfg.grad_clip) == (128, 2e-3, 1000, 1.0)
     assert type(cfg.learning_rate) is float
     assert not hasattr(cfg, "num_samples")  # another script's
 
@@ -28,7 +28,6 @@ def test_defaults_file_then_command_line(tmp_path):
     (["--max_iters=many"], "max_iters='many' is not of type int (default 0)"),
     (["--max_iters=1.5"], "is not of type int"),
     (["--max_iters"], "no value; write --max_iters=0"),
-    (["--plot=maybe"], "is not of type bool"),
     (["--decay=LINEAR"], "decay='LINEAR' is not cosine or linear"),
     (["--compile=maybe"], "is not auto or yes or no"),
     (["--seed=-1"], "seed='-1' is not at least 0"),
@@ -69,13 +68,15 @@ class Settings:
     top_p: (0, 1) = 0.95
     ks: (1,) = (1, 10)
     corpora = ()
+    unsafe = False
 
 
 @pytest.mark.parametrize("args, key, value", [
     (["--compile=True"], "compile", "yes"), (["--compile"], "compile", "yes"), (["--compile=0"], "compile", "no"),
     (["--decay=linear"], "decay", "linear"), (["--top_p=0"], "top_p", 0.0), (["--top_p=1"], "top_p", 1.0),
     (["--ks=1,5,1e2"], "ks", (1, 5, 100)), (['--ks=7'], 'ks', (7,)),
-    (["--corpora=a,b"], "corpora", ("a", "b")), (["--corpora="], "corpora", ())])
+    (["--corpora=a,b"], "corpora", ("a", "b")), (["--corpora="], "corpora", ()),
+    (["--unsafe"], "unsafe", True), (["--unsafe=no"], "unsafe", False)])
 def test_choices_and_ranges_take_what_fits(args, key, value):
     assert getattr(config.load(Settings, args), key) == value
 
@@ -83,7 +84,7 @@ def test_choices_and_ranges_take_what_fits(args, key, value):
 @pytest.mark.parametrize("args, message", [
     (["--ks=1,0"], "at least 1"), (["--ks="], "no list"), (["--top_p=1.01"], "at most 1"),
     (["--top_p=inf"], "at most 1"),
-    (["--decay"], "no value"), (["--decay="], "cosine or linear")])
+    (["--unsafe=maybe"], "is not of type bool"), (["--decay"], "no value"), (["--decay="], "cosine or linear")])
 def test_choices_and_ranges_refuse_what_does_not(args, message, capsys):
     with pytest.raises(SystemExit):
         config.load(Settings, args)
