@@ -10,7 +10,8 @@ Settings are a script's defaults <- config/file.py <- --key=value. A script decl
     cfg = config.load(Settings)      # python train.py config/150m.py --max_iters=20
 
 The default gives the type, the comment the help; the annotation, where there is one, the words that
-a text can be, or the least (and the most) that a number can be. Other numbers are at least 0.
+a text can be, or the least (and the most) that a number can be. Other numbers are at least 0, and
+other counts at most LARGEST: what is larger is a typo that ends in an overflow somewhere.
 
 A config file is plain assignments and describes one experiment: every script takes from it the
 keys that it knows, so a key that no script knows is a typo and an error. Names that start with `_`
@@ -39,6 +40,7 @@ from types import ModuleType, SimpleNamespace
 from typing import get_args
 
 ROOT = Path(__file__).resolve().parent.parent
+LARGEST = 2 ** 31 - 1
 
 # On a CPU, OpenMP's threads spin while their partner waits for a core: beside one busy process, for
 # longer than they compute. Read when torch is loaded, so scripts import this before it.
@@ -60,6 +62,12 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 _cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 CPUS = max(1, _cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # for this rank alone
+
+
+def say(line):
+    """A line on standard output, from the first rank alone."""
+    if RANK == 0:
+        print(line, flush=True)
 
 
 def die(message, status=1):
@@ -105,7 +113,8 @@ def describe(allowed):
     """A key's words or range, in words."""
     if isinstance(allowed[0], str):
         return " or ".join(filter(None, allowed))
-    return f"at least {allowed[0]}" + (f" and at most {allowed[1]}" if len(allowed) > 1 else "")
+    least, most = (*allowed, math.inf)[:2]
+    return f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
 
 
 SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -138,9 +147,9 @@ def convert(value, default, allowed=None):
     if kind is str and allowed and value not in allowed:
         raise ValueError(f"is not {describe(allowed)}")
     if kind in (int, float):
-        least, most = (*(allowed or (0,)), math.inf)[:2]
-        if not least <= value <= most or math.isinf(value):
-            raise ValueError(f"is not {describe(allowed or (0,))}")
+        limits = (*(allowed or (0,)), LARGEST if kind is int else math.inf)[:2]
+        if not limits[0] <= value <= limits[1] or math.isinf(value):
+            raise ValueError(f"is not {describe(limits)}")
     return value
 
 
