@@ -55,13 +55,13 @@ class Settings:
     form: Literal["", "edits", "programs"] = ""  # make examples: of dest, or of source
     benchmark = "data/problems.jsonl"  # where the family's held-out problems go, for evaluate.py
     family_size = 10_000  # problems of the demo's family to train on
-    family_heldout = 200  # and held out
+    family_heldout: (0, 15_000) = 200  # and held out
     val_fraction: (0, 0.9) = 0.01  # of the documents or examples, chosen by a hash of their text
     max_tokens = 1024  # longest example of instruction data; longer ones are left out
     seed = 1337  # of the family and of the order of examples
     workers = 0  # processes that tokenize; 0: one a CPU
     export = ""  # a folder with ckpt.pt, to be written as a Hugging Face model into its hf/
-    results = "out-eval"  # evaluate.py's folder, whose scores go into the model card
+    results = "out-eval"  # where evaluate.py wrote its results, which go into the model card
 
 
 # -- Tokenizers -----------------------------------------------------------------------------------
@@ -553,7 +553,7 @@ def code_of(text):
         try:
             ast.parse(text)
             codes = [text]
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+        except Exception:  # as the parser says that it is none
             pass
     code = "\n".join(textwrap.dedent(code).strip("\n") for code in codes)
     return code + "\n" if code.strip() else ""
@@ -669,6 +669,8 @@ def write_instruct(cfg):
     pairs = [*pairs.values()]
     random.Random(cfg.seed).shuffle(pairs)
     write_skipped(f"{cfg.source}.skipped.jsonl", skipped)
+    if not pairs:
+        die(f"no pair in instruct={','.join(cfg.instruct)}: {cfg.source}.skipped.jsonl says why")
     write_jsonl(cfg.source, pairs)
 
 
@@ -741,14 +743,15 @@ def export(cfg):
 def model_card(cfg, checkpoint, model):
     """The model's README.md: what it reads and writes, a warning, its scores, its configuration."""
     name, scores = Path(cfg.export).name, []
-    try:
-        results = json.loads((Path(cfg.results) / "results.json").read_text())
-        scores = [f"- {Path(results['benchmark']).stem}, temperature {run['temperature']}: "
-                  f"pass@{k} {100 * score['mean']:.1f} ± {100 * score['standard_error']:.1f}"
-                  for run in results["runs"] if run["model"] == name
-                  for k, score in run["pass@k"].items()]
-    except Exception:
-        pass  # no scores
+    for path in sorted(Path(cfg.results).rglob("results.json")):  # a folder a benchmark
+        try:
+            results = json.loads(path.read_text())
+            scores += [f"- {Path(results['benchmark']).stem}, temperature {run['temperature']}: "
+                       f"pass@{k} {100 * score['mean']:.1f} ± {100 * score['standard_error']:.1f}"
+                       for run in results["runs"] if Path(run["model"]).name == name
+                       for k, score in run["pass@k"].items()]
+        except Exception:
+            print(f"prepare.py: {path} is not what evaluate.py writes: no scores from there")
     scores = "\n".join(scores or ["None measured yet."])
     reads = {"edits": f"an instruction, a new line and `{DIFF}`, and writes a sequence of edits "
                       "(diffs) that put the program together",
@@ -797,14 +800,16 @@ def main():
     new = cfg.instruct and not Path(cfg.source).is_file()
     if new and RANK == 0:
         write_instruct(cfg)
+    elif cfg.instruct:
+        config.say(f"{cfg.source} is there already; delete it to make it anew")
     done = folder / "meta.json"
     if done.is_file():
         print(f"{folder} is there already; delete it to make it anew")
     elif cfg.form and RANK == 0:
         path = cfg.dest if cfg.form == "edits" else cfg.source
         if not Path(path).is_file():
-            die(f"next {path!r} is needed: lintseq.py makes edits (dest), instruct=… makes pairs "
-                "(source)", not new)
+            die(f"next {path!r} is needed: lintseq.py makes edits (dest; where several ranks made "
+                f"them, cat {path}.*-of-*[0-9] > {path}), instruct=… makes pairs (source)", not new)
         write_examples(folder, make_tokenizer(cfg), cfg, path)
     elif cfg.corpora and not cfg.form:
         write_bins(folder, make_tokenizer(cfg), cfg)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 import config  # before torch: it says how its threads wait
-from config import LOCAL_RANK, RANK, WORLD, die
+from config import LOCAL_RANK, RANK, WORLD, die, say
 
 import numpy as np
 import torch
@@ -82,11 +82,6 @@ class Settings:
 
 
 # -- Ranks -----------------------------------------------------------------------------------------
-
-def say(line):
-    if RANK == 0:
-        print(line, flush=True)
-
 
 def join_ranks(cfg):
     """Meet the other ranks; the device of this one."""

@@ -1,12 +1,13 @@
 """Tokenizers both ways: published ones through `tokenizers`, ours exported for transformers."""
 import json
 import random
+import resource
 import sys
 import unicodedata
 
 import pytest
 import torch
-from conftest import run
+from conftest import run, start
 
 import prepare
 from model import GPT, GPTConfig
@@ -136,12 +137,16 @@ def test_export_is_read_by_transformers(workspace, exported):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
     folder, model = exported
-    (folder / "scores").mkdir()
-    (folder / "scores/results.json").write_text(json.dumps({"benchmark": "humaneval", "runs": [
-        {"model": name, "temperature": 1.0, "pass@k": {"1": {"mean": mean, "standard_error": 0.01}}}
-        for name, mean in (("exported", 0.125), ("other", 0.999))]}))
-    status, out, err = run("prepare.py", "--export=exported", "--results=scores", cwd=folder)
-    assert status == 0, err
+    # where evaluate.py writes without --results: a folder a benchmark
+    for benchmark, mean in (("humaneval", 0.125), ("mbpp", 0.25), ("torn", None)):
+        (folder / "out-eval" / benchmark).mkdir(parents=True)
+        (folder / "out-eval" / benchmark / "results.json").write_text(json.dumps(
+            {"benchmark": benchmark, "runs": mean and [
+                {"model": name, "temperature": 1.0,
+                 "pass@k": {"1": {"mean": mean, "standard_error": 0.01}}}
+                for name, mean in (("./exported/", mean), ("other", 0.999))]}))
+    status, out, err = run("prepare.py", "--export=exported", cwd=folder)
+    assert status == 0 and "out-eval/torn/results.json is not what evaluate.py writes" in out, err
     out = folder / "exported/hf"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
@@ -160,6 +165,7 @@ def test_export_is_read_by_transformers(workspace, exported):
         assert tokenizer.encode(text) == enc.encode(text, allowed_special="all")
     card = (out / "README.md").read_text()
     for part in ("humaneval, temperature 1.0: pass@1 12.5 ± 1.0", "n_layer = 2", "77 steps",
+                 "mbpp, temperature 1.0: pass@1 25.0 ± 1.0",
                  "must not be run without precautions", "learning_rate = 0.0123"):
         assert part in card
     assert "99.9" not in card
@@ -169,6 +175,18 @@ def test_export_is_read_by_transformers(workspace, exported):
         assert torch.equal(again(idx)[0], model(idx)[0]) and info["form"] == "edits"
     marked = enc.encode("x<|diff|>", allowed_special="all")
     assert tokenizer.encode("x<|diff|>", allowed_special="all") == marked
+
+
+def test_export_on_a_full_disk_leaves_the_old_weights(exported):
+    pytest.importorskip("safetensors")
+    folder, model = exported
+    assert run("prepare.py", "--export=exported", cwd=folder)[0] == 0
+    before = (folder / "exported/hf/model.safetensors").read_bytes()
+    process = start("prepare.py", "--export=exported", cwd=folder, preexec_fn=lambda: (
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "File too large" in err and err.count("\n") == 1, err
+    assert (folder / "exported/hf/model.safetensors").read_bytes() == before
 
 
 def test_export_names_what_is_torn_or_changed(exported):
