@@ -157,6 +157,8 @@ class Program:
         units = []
         for node in block:
             first = (getattr(node, "decorator_list", None) or [node])[0].lineno - 1
+            while first and self.lines[first - 1].endswith(("\\", "\\\r")):  # a; \ goes on
+                first -= 1
             unit = self.unit_at[first]
             if unit is None:  # else it shares a line: a; b
                 unit = self.add_node(1)
@@ -550,8 +552,8 @@ def make_all_rows(jobs, cfg):
 
 def read_source(path):
     """(index, the row or the ValueError that it is) of the source's rows that are this rank's."""
-    rows = ((number - 1, row) for number, row in config.read_rows(path))
-    return (job for job in rows if job[0] % config.WORLD == config.RANK)
+    return ((n - 1, row) for n, row in config.read_rows(path)
+            if (n - 1) % config.WORLD == config.RANK)
 
 
 def convert(cfg):
@@ -569,7 +571,7 @@ def convert(cfg):
             found = out.tell() or state.exists()
             was, sizes, counts = json.loads(state.read_bytes()) if found else (settings, [0, 0], {})
             fits = was == settings and all(f.tell() >= size for f, size in zip(files, sizes))
-        except (OSError, ValueError, TypeError):  # missing, broken
+        except Exception:  # missing, broken
             fits = False
         if not fits:
             config.die(f"{dest} is of other settings, or not as a run left it (see {state.name}): "
@@ -610,7 +612,6 @@ def show(path, cfg):
 
 def main():
     cfg = config.load(Settings)
-    warnings.simplefilter("ignore")  # what the parser says of others' escape sequences is no news
     if cfg.paths:
         for path in cfg.paths:
             show(path, cfg)

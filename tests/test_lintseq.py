@@ -91,6 +91,9 @@ TRICKY = {
     "line separators": "x = 'a\u2028b\x0bc\x85d\x1ce'\ny = x\n",
     "lines like a diff": 'x = """\n+a\n-b\n@@ -1,0 +2 @@\n@@\n c\n"""\ny = x\n-y\n+y\n',
     "backslash": "x = 1 + \\\n    2\nassert x, \\\n    'no'\n",
+    "backslash between statements":
+        "# last \\\na = 1; \\\nb = a; \\\n\\\nc = b\ndef f():\n    x = c; \\\n    y = x\n"
+        "    return y\nd = c \\\n; e = d\r\nif e: g = 1; \\\r\n  h = g\r\n# last \\",
     "semicolons": "x = 1; y = 2\nif x: y = 3; z = 4\nprint(x); print(y)\n",
     "decorators":
         "import functools\n\n@functools.cache\n@functools.wraps(len)\ndef f(a,\n      b):\n"
