@@ -297,7 +297,7 @@ def download_dataset(name, count=None):
                  if file.path.startswith(prefix) and file.path.endswith(KINDS)}
         write_whole(listing, json.dumps([commit, files]).encode())
     wait_for(listing.is_file)
-    where["revision"], files = json.loads(listing.read_text())
+    where["revision"], files = config.read_json(listing)
     paths = sorted(files)[:count]
     missing = sum(files[path] for path in paths
                   if not ask_hub("try_to_load_from_cache", repo, path, **where))
@@ -487,7 +487,7 @@ def write_bins(folder, enc, cfg):
             pass
     if RANK == 0:
         wait_for(lambda: all(path.is_file() for path in done))
-        join_shards(folder, enc, cfg, [json.loads(path.read_text()) for path in done])
+        join_shards(folder, enc, cfg, [*map(config.read_json, done)])
 
 
 def join_shards(folder, enc, cfg, shards):

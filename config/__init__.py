@@ -21,6 +21,7 @@ import ast
 import difflib
 import fcntl
 import gzip
+import io
 import json
 import math
 import multiprocessing
@@ -79,6 +80,8 @@ def die(message, status=1):
 
 def run(main):
     """main(), where what a user can cause or mend ends it with one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # another encoding than UTF-8 lacks some letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.simplefilter("ignore", SyntaxWarning)  # what the parser says of others' programs
     try:
         main()
@@ -233,6 +236,14 @@ def write_whole(path, data):
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """What write_whole wrote into a file as JSON; die where it is something else now."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as e:
+        die(f"{path} is broken ({e}): delete it, and the same command makes it anew")
 
 
 def lock_file(path):

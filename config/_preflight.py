@@ -18,8 +18,11 @@ HUB = 120e9  # bytes under HF_HOME: both corpora as Parquet
 
 
 def main():
-    name, gpus = sys.argv[1], int(sys.argv[2])
+    name, gpus = sys.argv[1:]
     sys.argv[0] = f"make {name}"
+    if not gpus.isdecimal() or int(gpus) < 1:
+        config.die(f"GPUS={gpus!r} is no number of GPUs", 2)
+    gpus = int(gpus)
     settings = importlib.import_module(f"config.{name}")
     there = sum(f.stat().st_size for f in Path("data").rglob("*") if f.is_file())
     free = shutil.disk_usage("data" if Path("data").exists() else ".").free

@@ -1,4 +1,5 @@
 """Settings from a file and the command line, through the scripts that users type."""
+import base64
 import gzip
 import os
 import subprocess
@@ -143,6 +144,30 @@ def test_a_second_run_is_kept_from_a_locked_file(tmp_path):
     assert second.returncode == 1 and "another run is writing there" in second.stderr and not second.stdout
     held.close()
     assert try_it().stdout == "locked\n"
+
+
+def test_what_was_written_whole_and_is_broken_now_is_named(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    (tmp_path / "data/hub").mkdir(parents=True)
+    (tmp_path / "data/hub/fineweb.json").write_text('["c0ffee", {')
+    (tmp_path / "t.tiktoken").write_text("".join(
+        f"{base64.b64encode(bytes([n])).decode()} {n}\n" for n in range(256)))
+    status, out, err = run("prepare.py", "--corpora=fineweb", "--tokenizer=t.tiktoken", cwd=tmp_path)
+    assert status == 1 and "data/hub/fineweb.json is broken" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("gpus", ["0", "x", "-1", ""])
+def test_a_number_of_gpus_that_is_none_is_refused(gpus):
+    made = subprocess.run([sys.executable, "-m", "config._preflight", "150m", gpus], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert made.returncode == 2 and made.stderr == f"make 150m: GPUS={gpus!r} is no number of GPUs\n"
+
+
+def test_an_output_without_the_letters_is_no_matter(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (tmp_path / "a.py").write_text("x = '\u00e9'\n", encoding="utf-8")
+    status, out, err = run("lintseq.py", "a.py", cwd=tmp_path)
+    assert status == 0 and "+x = '\\xe9'" in out, err
 
 
 def test_every_config_file_loads_in_every_script():
