@@ -51,7 +51,7 @@ def find_checkpoint():
 
 
 def load_model(init_from, device="auto", dtype="auto"):
-    """(model in evaluation mode on the device, its tokenizer, info: form, step, tokenizer, ...).
+    """(model on the device, its tokenizer, info: form, step, tokenizer, ...).
 
     init_from: a folder with ckpt.pt (the tokenizer must be the one it was trained with) or a
     Hugging Face model, whose form is "form" in its config.json, else what its name says: edits for
@@ -64,7 +64,7 @@ def load_model(init_from, device="auto", dtype="auto"):
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     try:
         folder = find_pretrained(init_from)
-        model = GPT.from_pretrained(folder).to(device, getattr(torch, dtype)).eval()
+        model = GPT.from_pretrained(folder).to(device, getattr(torch, dtype))
         if (folder / "ckpt.pt").is_file():
             checkpoint = load_file(folder / "ckpt.pt")
             info = checkpoint["meta"] | {"step": checkpoint["step"]}
@@ -250,7 +250,7 @@ def main():
             path = Path(cfg.out)
             if n:
                 path = path.with_stem(f"{path.stem}-{n}")
-            path.write_text(program, encoding="utf-8")
+            config.write_whole(path, program.encode())
             note(f"# {path}")
         else:
             print(program)
