@@ -34,6 +34,7 @@ import json
 import random
 import re
 import warnings
+import zlib
 from bisect import bisect, insort
 from collections import Counter, defaultdict
 from copy import copy
@@ -562,7 +563,7 @@ def convert(cfg):
     from tqdm import tqdm
     source = Path(cfg.source)
     dest = Path(cfg.dest + f".{config.RANK}-of-{config.WORLD}" * (config.WORLD > 1))
-    settings = [cfg.source, source.stat().st_size, cfg.samples, cfg.seed, cfg.method]
+    settings = [cfg.source, zlib.crc32(source.read_bytes()), cfg.samples, cfg.seed, cfg.method]
     dest.parent.mkdir(parents=True, exist_ok=True)
     with config.lock_file(dest) as out, open(f"{dest}.skipped.jsonl", "a") as skipped:
         files = out, skipped
@@ -574,8 +575,8 @@ def convert(cfg):
         except Exception:  # missing, broken
             fits = False
         if not fits:
-            config.die(f"{dest} is of other settings, or not as a run left it (see {state.name}): "
-                       "choose another --dest")
+            config.die(f"{dest} is of other settings, of {source} before it changed, or not as a "
+                       f"run left it (see {state.name}): choose another --dest")
         for f, size in zip(files, sizes):
             f.seek(size)
             f.truncate()
@@ -585,10 +586,10 @@ def convert(cfg):
             sizes = [f.tell() for f in files]  # it flushes
             config.write_whole(state, json.dumps([settings, sizes, counts]).encode())
 
-        total = sum(1 for _ in read_source(source))
         done = counts["rows"]
         rows = make_all_rows(islice(read_source(source), done, None), cfg)
-        for text, tally in tqdm(rows, total=total, initial=done, unit=" programs"):
+        for text, tally in tqdm(rows, total=sum(1 for _ in read_source(source)), initial=done,
+                                unit=" programs"):
             if counts["rows"] % 1000 == 0:
                 save()
             (out if "programs" in tally else skipped).write(text)

@@ -555,6 +555,17 @@ def test_a_mistake_is_told_in_one_line_and_touches_nothing(rows, args, status, m
     assert before == {p: p.read_bytes() for p in rows.iterdir()}
 
 
+def test_a_source_that_changed_is_noticed(rows):
+    """Also where it is as long as before: what it was made into is not taken for what it is now."""
+    (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 1"}\n')
+    assert convert(rows, "out.jsonl", "--workers=1")[0] == 0
+    before = (rows / "out.jsonl").read_bytes()
+    (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 2"}\n')
+    status, out, err = convert(rows, "out.jsonl", "--workers=1")
+    assert status == 1 and "is of other settings" in err and err.count("\n") == 1
+    assert (rows / "out.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("name, content", [
     ("in.jsonl", b""), ("in.jsonl", b"\n"), ("in.jsonl", b'{"prompt": 1}\n'),
     ("in.gz", gzip.compress(b"{}\n" * 99)[:-9]), ("in.gz", b"{}"), ("in.parquet", b"PAR1")])
