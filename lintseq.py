@@ -35,6 +35,7 @@ import json
 import random
 import re
 import warnings
+import zlib
 from bisect import bisect, insort
 from collections import Counter, defaultdict
 from copy import copy
@@ -158,6 +159,8 @@ class Program:
         units = []
         for node in block:
             first = (getattr(node, "decorator_list", None) or [node])[0].lineno - 1
+            while first and self.lines[first - 1].endswith(("\\", "\\\r")):  # a; \ goes on
+                first -= 1
             unit = self.unit_at[first]
             if unit is None:  # else it shares a line: a; b
                 unit = self.add_node(1)
@@ -560,8 +563,8 @@ def make_all_rows(jobs, cfg):
 
 def read_source(path):
     """(index, the row or the ValueError that it is) of the source's rows that are this rank's."""
-    rows = ((number - 1, row) for number, row in config.read_rows(path))
-    return (job for job in rows if job[0] % config.WORLD == config.RANK)
+    return ((n - 1, row) for n, row in config.read_rows(path)
+            if (n - 1) % config.WORLD == config.RANK)
 
 
 def write_edits(cfg):
@@ -570,7 +573,7 @@ def write_edits(cfg):
     from tqdm import tqdm
     source = Path(cfg.source)
     dest = Path(cfg.dest + f".{config.RANK}-of-{config.WORLD}" * (config.WORLD > 1))
-    settings = [cfg.source, source.stat().st_size, cfg.samples, cfg.seed, cfg.method]
+    settings = [cfg.source, zlib.crc32(source.read_bytes()), cfg.samples, cfg.seed, cfg.method]
     dest.parent.mkdir(parents=True, exist_ok=True)
     with config.lock_file(dest) as out, open(f"{dest}.skipped.jsonl", "a") as skipped:
         files = out, skipped
@@ -580,11 +583,11 @@ def write_edits(cfg):
             was, sizes, counts, *_ = (
                 json.loads(state.read_bytes()) if found else (settings, [0, 0], {}))
             fits = was == settings and all(f.tell() >= size for f, size in zip(files, sizes))
-        except (OSError, ValueError, TypeError):  # missing, broken
+        except Exception:  # missing, broken
             fits = False
         if not fits:
-            config.die(f"{dest} is of other settings, or not as a run left it (see {state.name}): "
-                       "choose another --dest")
+            config.die(f"{dest} is of other settings, of {source} before it changed, or not as a "
+                       f"run left it (see {state.name}): choose another --dest")
         for f, size in zip(files, sizes):
             f.seek(size)
             f.truncate()
@@ -594,10 +597,10 @@ def write_edits(cfg):
             sizes = [f.tell() for f in files]  # it flushes
             config.write_whole(state, json.dumps([settings, sizes, counts, finished]).encode())
 
-        total = sum(1 for _ in read_source(source))
         done = counts["rows"]
         rows = make_all_rows(islice(read_source(source), done, None), cfg)
-        for text, tally in tqdm(rows, total=total, initial=done, unit=" programs"):
+        for text, tally in tqdm(rows, total=sum(1 for _ in read_source(source)), initial=done,
+                                unit=" programs"):
             if counts["rows"] % 1000 == 0:
                 save()
             (out if "programs" in tally else skipped).write(text)

@@ -289,18 +289,20 @@ class GPT(nn.Module):
     def save_pretrained(self, folder, **extra):
         """Write config.json and model.safetensors into `folder`, for transformers'
         `AutoModelForCausalLM`. extra: more keys of config.json, such as eos_token_id."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
         c, folder = self.config, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = OLMO | {theirs: getattr(c, ours) for ours, theirs in OLMO_SHAPE.items()} | dict(
             architectures=["OlmoForCausalLM"], num_key_value_heads=c.n_head,
-            rope_theta=c.rope_theta, tie_word_embeddings=c.tied, pad_token_id=None,
-            bos_token_id=None, eos_token_id=None,
+            rope_theta=c.rope_theta, tie_word_embeddings=c.tied,
+            pad_token_id=None, eos_token_id=None,
             torch_dtype=str(self.wte.weight.dtype).split(".")[1]) | extra
         state, tensors = self.state_dict(), {}
         for ours, theirs in olmo_names(c).items():
-            tensors |= zip(theirs, (part.contiguous() for part in state[ours].chunk(len(theirs))))
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            tensors |= zip(theirs, state[ours].chunk(len(theirs)))
+        new = folder / "model.tmp"  # a crash leaves the old file whole
+        new.write_bytes(save(tensors, {"format": "pt"}))
+        new.replace(folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -481,7 +483,7 @@ def find_pretrained(name):
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(name, ignore_patterns="*/*", allow_patterns=[
             "*.json", "*.safetensors", "pytorch_model*.bin"]))
-    except (ImportError, OSError, ValueError) as e:  # they say whether it is gated, private, ...
+    except Exception as e:  # it says whether it is gated, private, ...
         raise OSError(f"no folder here; of the Hugging Face hub: {one_line(e)}") from None
 
 
@@ -524,7 +526,8 @@ def read_olmo_config(folder):
     path = folder / "config.json"
     hf = load_file(path)
     hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    fixed = OLMO | {"num_key_value_heads": hf.get("num_attention_heads"), "rope_type": "default"}
+    fixed = OLMO | {"num_key_value_heads": hf.get("num_attention_heads"), "rope_type": "default",
+                    "type": "default"}  # rope_type's older name
     wrong = [f"{key}={hf[key]!r}" for key in fixed if hf.get(key) not in (None, fixed[key])]
     wrong += [f"{key}={hf.get(key)!r}" for key in OLMO_SHAPE.values()
               if not isinstance(hf.get(key), int)]

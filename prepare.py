@@ -101,7 +101,7 @@ def get_tokenizer(name):
                                  special_tokens={EOT: len(ranks), DIFF: len(ranks) + 1})
     try:
         base = tiktoken.get_encoding(name)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # no such name, no network
         raise ValueError(
             f"tiktoken does not have it ({type(e).__name__}): it fetches its own encodings "
             f"({', '.join(tiktoken.list_encoding_names())}) from the network at their first use "
@@ -303,7 +303,7 @@ def download_dataset(name, count=None):
                  if file.path.startswith(prefix) and file.path.endswith(KINDS)}
         write_whole(listing, json.dumps([commit, files]).encode())
     wait_for(listing.is_file)
-    options["revision"], files = json.loads(listing.read_text())
+    options["revision"], files = config.read_json(listing)
     paths = sorted(files)[:count]
     missing = sum(files[path] for path in paths
                   if not ask_hub("try_to_load_from_cache", repo, path, **options))
@@ -375,8 +375,9 @@ def split_file(path):
 
 def read_span(name, begin, end):
     """Yield (name of a document, its text, or the ValueError that says why there is none)."""
-    read, parse = {".parquet": (read_parquet, bytes.decode), ".jsonl": (read_lines, row_text),
-                   ".gz": (read_lines, row_text)}.get(Path(name).suffix, (read_text, str))
+    rows = read_lines, row_text
+    read, parse = {".parquet": (read_parquet, bytes.decode), ".jsonl": rows, ".gz": rows}.get(
+        Path(name).suffix, (read_text, str))
     try:
         for where, raw in read(name, begin, end):
             try:
@@ -498,7 +499,7 @@ def write_bins(folder, enc, cfg):
             pass
     if RANK == 0:
         wait_for(lambda: all(path.is_file() for path in reports))
-        join_shards(folder, enc, cfg, [json.loads(path.read_text()) for path in reports])
+        join_shards(folder, enc, cfg, [*map(config.read_json, reports)])
 
 
 def join_shards(folder, enc, cfg, shards):
@@ -679,6 +680,8 @@ def write_instruct(cfg):
     pairs = [*pairs.values()]
     random.Random(cfg.seed).shuffle(pairs)
     write_skipped(f"{cfg.source}.skipped.jsonl", skipped)
+    if not pairs:
+        die(f"no pair in instruct={','.join(cfg.instruct)}: {cfg.source}.skipped.jsonl says why")
     write_jsonl(cfg.source, pairs)
 
 
@@ -760,15 +763,15 @@ def export(cfg):
 def model_card(cfg, checkpoint, model):
     """The model's README.md: what it reads and writes, a warning, its scores, its configuration."""
     name, scores = Path(cfg.export).name, []
-    for path in sorted(Path(cfg.results).rglob("results.json")):
+    for path in sorted(Path(cfg.results).rglob("results.json")):  # a folder a benchmark
         try:
             results = json.loads(path.read_text())
             scores += [f"- {Path(results['benchmark']).stem}, temperature {run['temperature']}: "
                        f"pass@{k} {100 * score['mean']:.1f} ± {100 * score['standard_error']:.1f}"
-                       for run in results["runs"] if run["model"] == name
+                       for run in results["runs"] if Path(run["model"]).name == name
                        for k, score in run["pass@k"].items()]
         except Exception:
-            pass  # it is no results.json of evaluate.py
+            print(f"prepare.py: {path} is not what evaluate.py writes: no scores from there")
     scores = "\n".join(scores or ["None measured yet."])
     reads = {"edits": f"an instruction, a new line and `{DIFF}`, and writes a sequence of edits "
                       "(diffs) that put the program together",

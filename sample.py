@@ -8,6 +8,7 @@ The program goes to standard output or --out, what the model wrote (the edits, i
 terminal) to standard error. Nothing that a model writes is run here. Left out: chat, and prompts
 longer than the model's block_size.
 """
+import os
 import re
 import sys
 from pathlib import Path
@@ -36,16 +37,21 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda, else float32
 
 
+def note(text, **how):
+    """Print it to standard error."""
+    print(text, file=sys.stderr, **how)
+
+
 def find_checkpoint():
     """The folder of the out*/ckpt.pt that was written last, or one line on how to get one."""
-    newest = max(Path().glob("out*/ckpt.pt"), key=lambda path: path.stat().st_mtime, default=None)
+    newest = max(Path().glob("out*/ckpt.pt"), key=os.path.getmtime, default=None)
     return str(newest.parent) if newest else die(
         "no checkpoint (out*/ckpt.pt) yet: `make demo` trains one in ten minutes, "
         "or name a folder or a Hugging Face model with --init_from")
 
 
 def load_model(init_from, device="auto", dtype="auto"):
-    """(model in evaluation mode on the device, its tokenizer, info: form, step, tokenizer, ...).
+    """(model on the device, its tokenizer, info: form, step, tokenizer, ...).
 
     init_from: a folder with ckpt.pt (the tokenizer must be the one it was trained with) or a
     Hugging Face model, whose form is "form" in its config.json, else what its name says: edits for
@@ -70,11 +76,15 @@ def load_model(init_from, device="auto", dtype="auto"):
                     "tokenizer": str(folder / "tokenizer.json")}
         model = model.to(device, getattr(torch, dtype)).eval()
         enc = prepare.get_tokenizer(info["tokenizer"])
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as e:
+        if enc.n_vocab > model.config.vocab_size:
+            raise ValueError(f"{info['tokenizer']} is of another model: {enc.n_vocab} entries, "
+                             f"where this one has {model.config.vocab_size}")
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError("its weights are not all finite: take an earlier checkpoint")
+    except Exception as e:  # whatever is in the files
         torn, best = "ckpt.pt cannot be read" in str(e), Path(init_from, "best.pt")
         advice = f"; put {best} in its place" if torn and best.is_file() else ""
-        what = f"its ckpt.pt is not train.py's: no {e}" if isinstance(e, KeyError) else one_line(e)
-        die(f"{init_from} on {device}: {what}{advice}")
+        die(f"{init_from} on {device}: {one_line(e)}{advice}")
     found = prepare.fingerprint(enc)
     if info.setdefault("fingerprint", found) != found:  # a published model's file has none
         die(f"{init_from} was trained with another {info['tokenizer']} (its fingerprint is "
@@ -166,7 +176,7 @@ def has_errors(program):
     """True, or the linter's list, where a program does not parse or the linter finds errors."""
     try:
         return lintseq.lint(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # as the parser says it
+    except Exception:  # as the parser says it
         return True
 
 
@@ -211,9 +221,9 @@ def make_display(coloured):
         if coloured:  # by what a line, or what follows a marker, begins with
             text = re.sub(r"(?m)(?:^|(?<=<\|diff\|>))[@+<]", lambda m: COLOURS[m[0]], text)
         if len(text) < shown:
-            print("\n# again:", file=sys.stderr)
+            note("\n# again:")
             shown = len(text)
-        print(text[shown:], end="", file=sys.stderr, flush=True)
+        note(text[shown:], end="", flush=True)
         shown = len(text)
 
     return show
@@ -226,7 +236,7 @@ def main():
     form, coloured = info["form"], sys.stderr.isatty()
     prompt = find_prompt(cfg, form)
     for n in range(cfg.num_samples):
-        print(f"# {prompt}", file=sys.stderr)
+        note(f"# {prompt}")
         raw, = complete(model, enc, form, [prompt], max_new_tokens=cfg.max_new_tokens,
                         temperature=cfg.temperature, top_p=cfg.top_p, seeds=[cfg.seed + n],
                         edit_retries=cfg.edit_retries,
@@ -235,16 +245,16 @@ def main():
             tokens = len(prepare.encode_prompt(enc, form, prompt))
             die(f"the prompt's {tokens} tokens leave no room in the model's "
                 f"block_size={model.config.block_size}: shorten it")
-        print("\033[0m" if coloured else "", file=sys.stderr)
+        note("\033[0m" if coloured else "")
         program, report = read_program(form, prompt, raw)
         if report["malformed"]:
-            print(f"# malformed: {report['malformed']} of {report['hunks']} hunks", file=sys.stderr)
+            note(f"# malformed: {report['malformed']} of {report['hunks']} hunks")
         if cfg.out:
             path = Path(cfg.out)
             if n:
                 path = path.with_stem(f"{path.stem}-{n}")
-            path.write_text(program + "\n", encoding="utf-8")
-            print(f"# {path}", file=sys.stderr)
+            config.write_whole(path, (program + "\n").encode())
+            note(f"# {path}")
         else:
             print(program)
 

@@ -40,7 +40,7 @@ import torch.distributed as dist
 # hold the process group, whose threads then abort the end of Python
 import torch.distributed.nn
 
-from model import GPT, GPTConfig, find_pretrained
+from model import GPT, GPTConfig, find_pretrained, one_line
 
 DATA = Path("data")
 
@@ -168,8 +168,11 @@ class ExampleRows(Rows):
         super().__init__(folder, split, cfg)
         path = folder / f"{split}.examples.npy"
         try:
-            begin, response = np.load(path).T  # where each example and its response start
-        except (OSError, ValueError, EOFError) as e:
+            table = np.load(path)  # where each example and its response start
+            if (np.diff(table.ravel(), prepend=0, append=len(self.tokens)) < 0).any():
+                raise ValueError("its places are not in order")
+            begin, response = table.T
+        except Exception as e:  # whatever is in it
             die(f"{path} is not what prepare.py wrote ({e!r:.200}): delete {folder} and prepare it "
                 "again")
         # A row of T inputs takes T + 1 tokens of an example, for the last is a target only. The
@@ -271,7 +274,7 @@ def read_meta(folder):
     except FileNotFoundError as e:
         file = next((a for a in sys.argv[1:] if a.endswith(".py")), "--corpora=FOLDER")
         die(f"{e.filename} is missing: python prepare.py {file} --dataset={folder.name} writes it")
-    except (ValueError, KeyError, TypeError) as e:
+    except Exception as e:  # no JSON, or another's
         die(f"{folder}/meta.json is not what prepare.py wrote ({e!r}): delete {folder} and prepare "
             "it again")
 
@@ -309,8 +312,8 @@ def make_model(cfg, meta):
             import prepare
             model = GPT.from_pretrained(folder)
             theirs = prepare.fingerprint(prepare.get_tokenizer(str(folder / "tokenizer.json")))
-    except (OSError, ValueError) as e:
-        die(f"pretrained={cfg.pretrained}: {e}")
+    except Exception as e:  # whatever is in the files
+        die(f"pretrained={cfg.pretrained}: {one_line(e)}")
     if theirs != meta["fingerprint"]:
         die(f"pretrained={cfg.pretrained} has another tokenizer than data/{cfg.dataset} "
             f"({meta['tokenizer']}): prepare the data with the model's tokenizer")
@@ -323,16 +326,14 @@ class Muon(torch.optim.Optimizer):
     one in float32 on a CPU, and it cuts fused weights into their `pieces` (q, k, v; gate, up). An
     update is scaled by sqrt(rows / columns) where that is above 1."""
 
-    def __init__(self, params, lr, weight_decay=0.0):
+    def __init__(self, params, lr, weight_decay):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, pieces=1))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"]
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
                 update = torch.stack(p.grad.lerp(momentum, 0.95).chunk(group["pieces"]))
                 _, rows, columns = update.shape
@@ -419,7 +420,7 @@ def read_checkpoint(path):
     """What save_checkpoint wrote, on the CPU."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["meta"]["fingerprint"]  # of train.py's own
+        checkpoint["meta"]["fingerprint"], checkpoint["evaluated"]  # of train.py's own
         return checkpoint
     except Exception as e:  # whatever the bytes of a torn or another file bring up
         best = path.with_name("best.pt")
@@ -429,12 +430,11 @@ def read_checkpoint(path):
 
 def check_same_run(path, checkpoint, run):
     """Refuse a checkpoint that this run cannot go on from."""
-    for what, key in (("model", "config"), ("data", "meta"), ("run", "order")):
-        was, now = checkpoint[key], run[key]
-        changed = [f"{k} was {was.get(k)!r}, is {v!r}" for k, v in now.items() if was.get(k) != v]
-        if changed:
-            die(f"{path} is of another {what}: {'; '.join(changed)}; set it back or choose another "
-                "--out_dir")
+    changed = [f"{k} was {checkpoint[key].get(k)!r}, is {v!r}" for key, now in run.items()
+               for k, v in now.items() if checkpoint[key].get(k) != v]
+    if changed:
+        die(f"{path} is of another run: {'; '.join(changed)}; set it back or choose another "
+            "--out_dir")
 
 
 def describe_changes(checkpoint, cfg):
@@ -442,7 +442,7 @@ def describe_changes(checkpoint, cfg):
     on."""
     was = checkpoint.get("settings", {})
     changed = [f"{k}: {was[k]} -> {v}" for k, v in vars(cfg).items()
-               if was.get(k, v) != v and k != "paths"]
+               if was.get(k, v) != v]
     if "optimizers" not in checkpoint:
         changed.append("the optimizer starts anew: this is a best.pt, which holds none")
     return ", ".join(changed) or "nothing changed"
@@ -641,7 +641,10 @@ def plot_logs(paths, png):
 
 
 FAULTS = {  # what a RuntimeError says of what a user can mend: how
-    "out of memory|allocate memory": "out of memory: halve --micro_batch (it changes no result)",
+    "out of memory|allocate memory":
+        "out of memory: halve --micro_batch (it changes no result), or take a smaller model",
+    "index out of range|out of bounds|device-side assert":
+        "the data holds numbers that its meta.json's vocab_size does not: prepare it again",
     "No working C": "torch.compile wants a C++ compiler (g++): install one, or --compile=no",
     "by peer|Broken pipe|imed out":
         "another rank has ended: the same command goes on from the last save"}
@@ -649,7 +652,7 @@ FAULTS = {  # what a RuntimeError says of what a user can mend: how
 if __name__ == "__main__":
     try:
         config.run(main)
-    except RuntimeError as e:
+    except (RuntimeError, IndexError) as e:
         for pattern, line in FAULTS.items():
             if re.search(pattern, str(e)):
                 die(line)

@@ -10,7 +10,8 @@ Settings are a script's defaults <- config/file.py <- --key=value. A script decl
     cfg = config.load(Settings)      # python train.py config/150m.py --max_iters=20
 
 The default gives the type, the comment the help; the annotation, where there is one, the words that
-a text can be, or the least (and the most) that a number can be. Other numbers are at least 0.
+a text can be, or the least (and the most) that a number can be. Other numbers are at least 0, and
+other counts at most LARGEST: what is larger is a typo that ends in an overflow somewhere.
 
 A config file is plain assignments and describes one experiment: every script takes from it the
 keys that it knows, so a key that no script knows is a typo and an error. Names that start with `_`
@@ -20,7 +21,9 @@ import difflib
 import fcntl
 import gzip
 import hashlib
+import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -38,6 +41,7 @@ from types import ModuleType, SimpleNamespace
 from typing import get_args
 
 ROOT = Path(__file__).resolve().parent.parent
+LARGEST = 2 ** 31 - 1
 
 # On a CPU, OpenMP's threads spin while their partner waits for a core: beside one busy process, for
 # longer than they compute. Read when torch is loaded, so scripts import this before it.
@@ -62,6 +66,12 @@ _cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 CPUS = max(1, _cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # for this rank alone
 
 
+def say(line):
+    """A line on standard output, from the first rank alone."""
+    if RANK == 0:
+        print(line, flush=True)
+
+
 def die(message, status=1):
     """End the script with one line that says what is wrong, where, and how to mend it."""
     who = Path(sys.argv[0]).name + (f": rank {RANK}" if RANK else "")
@@ -78,6 +88,8 @@ def say(line):
 def run(main):
     """Run a script's main(). What a user has caused or can mend (Ctrl-C, a full disk, no network, a
     package that is not installed) ends the script with one line, not a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # another encoding than UTF-8 lacks some letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.simplefilter("ignore", SyntaxWarning)  # what the parser says of others' programs
     try:
         main()
@@ -108,7 +120,8 @@ def describe(allowed):
     """A key's words or range, in words."""
     if isinstance(allowed[0], str):
         return " or ".join(filter(None, allowed))
-    return f"at least {allowed[0]}" + (f" and at most {allowed[1]}" if len(allowed) > 1 else "")
+    least, most = (*allowed, math.inf)[:2]
+    return f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
 
 
 SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -139,9 +152,8 @@ def convert(value, default, allowed=None):
     if not isinstance(value, kind):
         raise ValueError(f"is not of type {kind.__name__} (default {default!r})")
     if kind in (int, float):
-        allowed = allowed or (0,)
-        least, most = allowed if len(allowed) == 2 else (*allowed, sys.float_info.max)
-        fits = least <= value <= most  # inf is not, nan neither
+        allowed = (*(allowed or (0,)), LARGEST if kind is int else math.inf)[:2]
+        fits = allowed[0] <= value <= allowed[1] and value < math.inf
     else:
         fits = not allowed or value in allowed
     if not fits:
@@ -241,6 +253,14 @@ def write_whole(path, data):
 def write_jsonl(path, rows):
     """write_whole, a line a row."""
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def read_json(path):
+    """What write_whole wrote into a file as JSON; die where it is something else now."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as e:
+        die(f"{path} is broken ({e}): delete it, and the same command makes it anew")
 
 
 def lock_file(path):

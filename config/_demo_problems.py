@@ -12,6 +12,7 @@ import re
 import sysconfig
 from pathlib import Path
 
+import config
 import lintseq
 
 # {k}: a constant, {a}: the argument, {x}: an item, {y}: what the map makes of it, {r}: the result
@@ -198,6 +199,9 @@ def family(size, heldout, seed):
     for c in family_compositions():
         groups.setdefault(re.sub(r"\d+", "", family_program(c, "f", "a", [0] * 4)), []).append(c)
     groups = list(groups.values())
+    if heldout >= len(groups):
+        config.die(f"--family_heldout={heldout}: the family has {len(groups):,} kinds of problems, "
+                   "and some are to train on", 2)
     rng.shuffle(groups)
     test = [rng.choice(group) for group in groups[:heldout]]
     train = [c for group in groups[heldout:] for c in group]

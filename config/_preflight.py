@@ -23,8 +23,11 @@ def bytes_under(folder):
 
 
 def main():
-    name, gpus = sys.argv[1], int(sys.argv[2])
+    name, gpus = sys.argv[1:]
     sys.argv[0] = f"make {name}"
+    if not gpus.isdecimal() or int(gpus) < 1:
+        config.die(f"GPUS={gpus!r} is no number of GPUs", 2)
+    gpus = int(gpus)
     import torch
     from huggingface_hub import constants, get_token
     settings = importlib.import_module(f"config.{name}")

@@ -1,5 +1,6 @@
 """Settings from a file and the command line, through the scripts that users type."""
 import errno
+import base64
 import gzip
 import os
 import subprocess
@@ -159,7 +160,8 @@ def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("value, default, allowed, expected", [
-    ("12345678901234567890", 0, None, 12345678901234567890), (1e6, 0, None, 1000000),
+    ("2147483647", 0, None, 2147483647), ("2147483648", 0, None, None),
+    (1e6, 0, None, 1000000),
     (1, 0.5, None, 1.0), (True, "auto", ("auto", "yes", "no"), "yes"), (False, True, None, False),
     (5, (), None, None), ([1, "2"], (1,), None, (1, 2)), (True, 0, None, None),
     (True, 0.5, None, None), ("inf", 0.5, None, None), ("nan", 0.5, None, None),
@@ -172,6 +174,28 @@ def test_a_value_takes_its_defaults_type_or_is_refused(value, default, allowed, 
     else:
         got = config.convert(value, default, allowed)
         assert got == expected and type(got) is type(expected)
+def test_what_was_written_whole_and_is_broken_now_is_named(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    (tmp_path / "data/hub").mkdir(parents=True)
+    (tmp_path / "data/hub/fineweb.json").write_text('["c0ffee", {')
+    (tmp_path / "t.tiktoken").write_text("".join(
+        f"{base64.b64encode(bytes([n])).decode()} {n}\n" for n in range(256)))
+    status, out, err = run("prepare.py", "--corpora=fineweb", "--tokenizer=t.tiktoken", cwd=tmp_path)
+    assert status == 1 and "data/hub/fineweb.json is broken" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("gpus", ["0", "x", "-1", ""])
+def test_a_number_of_gpus_that_is_none_is_refused(gpus):
+    made = subprocess.run([sys.executable, "-m", "config._preflight", "150m", gpus], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert made.returncode == 2 and made.stderr == f"make 150m: GPUS={gpus!r} is no number of GPUs\n"
+
+
+def test_an_output_without_the_letters_is_no_matter(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (tmp_path / "a.py").write_text("x = '\u00e9'\n", encoding="utf-8")
+    status, out, err = run("lintseq.py", "a.py", cwd=tmp_path)
+    assert status == 0 and "+x = '\\xe9'" in out, err
 
 
 def test_every_config_file_loads_in_every_script():

@@ -83,7 +83,8 @@ def fake(tmp_path):
     def start(*args, log="log", **env):
         light = [str(tmp_path / "fake/light")] if "RANK" not in env else []
         path = [*light, str(tmp_path / "fake"), str(ROOT)]
-        code = (f"import sys; sys.path[:0] = {path}; import evaluate\n"
+        code = (f"import os, sys; sys.path[:0] = {path}; import evaluate\n"
+                "sys.version = os.environ.get('FAKE_PYTHON', sys.version)\n"
                 "evaluate.config.run(evaluate.main)")
         command = [sys.executable, "-c", code, f"--benchmark={tmp_path / 'own.jsonl'}", *args]
         return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE,
@@ -238,6 +239,8 @@ def test_a_bad_problem_is_one_line(tmp_path, capsys, change, message):
     (["--num_samples=0"], "is not at least 1"), (["--max_new_tokens=0"], "is not at least 1"),
     (["--ks=1,0"], "is not at least 1"), (["--timeout=0"], "is not at least 0.1"),
     (["--edit_retries=-1"], "is not at least 0"),
+    (["--timeout=1e30"], "is not at least 0.1 and at most 1000000.0"),
+    (["--memory_mb=1e30"], "is not at least 32 and at most 2147483647"),
     (["--dtype=fp16"], "is not auto or float32 or bfloat16"),
 ])
 def test_a_users_mistake_is_one_line(tmp_path, args, message):
@@ -379,6 +382,13 @@ def test_a_foreign_file_in_the_results_folder_is_kept(fake, tmp_path):
     finished(fake("--out_dir=tuned", "--temperatures=0", "--results=r"))
     assert len(rows(tmp_path / "r/samples.jsonl")) == 12
     assert (tmp_path / "r/samples.old").read_text() == "something else\n"
+    (tmp_path / "r/samples.jsonl").write_bytes(b"\xff\xfe")
+    with open(tmp_path / "r/journal-0.jsonl", "a") as f:  # by hand, and torn
+        f.write('{"a": 1}\n{"sample": [1]}\n{"sample": null}\n[1]\n{"sample": "ab')
+    out = finished(fake("--out_dir=tuned", "--temperatures=0", "--results=r"))
+    assert "drew 0 samples of 12" in out and "ran 0 programs of 12" in out
+    assert len(rows(tmp_path / "r/samples.jsonl")) == 12
+    assert (tmp_path / "r/samples.old").read_bytes() == b"\xff\xfe"
 
 
 def test_what_decides_a_sample_or_a_verdict_is_part_of_its_identity(fake, tmp_path):
@@ -404,6 +414,8 @@ def test_what_decides_a_sample_or_a_verdict_is_part_of_its_identity(fake, tmp_pa
         finished(fake(*args, setting))
         assert drawn() == before + 24
     out = finished(fake(*args, "--memory_mb=512"))
+    assert drawn() == before + 24 and "ran 24 programs of 24" in out
+    out = finished(fake(*args, FAKE_PYTHON="3.99"))  # judged by another one
     assert drawn() == before + 24 and "ran 24 programs of 24" in out
 
 
@@ -610,6 +622,15 @@ def test_a_test_that_calls_nothing_is_refused(tmp_path, test):
                              cwd=tmp_path)
     assert status == 1 and error.count("\n") == 1
     assert "own.jsonl: the test of own/0 passes whatever f does" in error
+
+
+def test_a_local_copy_is_looked_at_like_an_own_benchmark(tmp_path):
+    """Under a published name, too: what is in the file may be anybody's."""
+    write_jsonl(tmp_path / "own.jsonl", [OWN[1], {**OWN[0], "test": "def t():\n    assert f(1)"}])
+    write_jsonl(tmp_path / "in.jsonl", [{"task_id": "own/1", "completion": ""}])
+    status, out, error = run("evaluate.py", "--completions=in.jsonl", "--benchmark=humaneval",
+                             "--benchmark_file=own.jsonl", cwd=tmp_path)
+    assert status == 1 and "humaneval: the test of own/0 passes whatever f does" in error
 
 
 def test_programs_that_the_linter_fails_on_are_judged_all_the_same(tmp_path):

@@ -98,6 +98,9 @@ TRICKY = {
     "line separators": "x = 'a\u2028b\x0bc\x85d\x1ce'\ny = x\n",
     "lines like a diff": 'x = """\n+a\n-b\n@@ -1,0 +2 @@\n@@\n c\n"""\ny = x\n-y\n+y\n',
     "backslash": "x = 1 + \\\n    2\nassert x, \\\n    'no'\n",
+    "backslash between statements":
+        "# last \\\na = 1; \\\nb = a; \\\n\\\nc = b\ndef f():\n    x = c; \\\n    y = x\n"
+        "    return y\nd = c \\\n; e = d\r\nif e: g = 1; \\\r\n  h = g\r\n# last \\",
     "semicolons": "x = 1; y = 2\nif x: y = 3; z = 4\nprint(x); print(y)\n",
     "decorators":
         "import functools\n\n@functools.cache\n@functools.wraps(len)\ndef f(a,\n      b):\n"
@@ -556,6 +559,17 @@ def test_a_mistake_is_told_in_one_line_and_touches_nothing(rows, args, status, m
     found, out, err = convert(rows, "out.jsonl", "--workers=1", *args)
     assert found == status and message in err and err.count("\n") == 1
     assert before == {p: p.read_bytes() for p in rows.iterdir()}
+
+
+def test_a_source_that_changed_is_noticed(rows):
+    """Also where it is as long as before: what it was made into is not taken for what it is now."""
+    (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 1"}\n')
+    assert convert(rows, "out.jsonl", "--workers=1")[0] == 0
+    before = (rows / "out.jsonl").read_bytes()
+    (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 2"}\n')
+    status, out, err = convert(rows, "out.jsonl", "--workers=1")
+    assert status == 1 and "is of other settings" in err and err.count("\n") == 1
+    assert (rows / "out.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("name, content", [

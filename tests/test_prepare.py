@@ -177,6 +177,10 @@ def test_nothing_to_validate_on_is_said_and_nothing_to_train_on_refused(tokenize
     (("--corpora=a.txt", "--val_fraction=-0.1"), 2, "at least 0"),
     (("--form=edit",), 2, "is not edits or programs"), (("--bpe_size=10",), 2, "at least 256"),
     (("--form=edits", "--dest=no.jsonl"), 1, "'no.jsonl' is needed: lintseq.py makes"),
+    (("--form=edits", "--dest=e"), 1, "cat joins what its ranks wrote"),
+    (("--instruct=family", "--source=f.jsonl", "--family_heldout=16000"), 2,
+     "--family_heldout=16000: the family has"),
+    (("--workers=1e30",), 2, "workers='1e30' is not at least 0 and at most 2147483647"),
     (("--instruct=no.jsonl", "--source=s.jsonl"), 1, "No such file or directory: 'no.jsonl'"),
     (("--export=no",), 1, "--export=no: "), (("--corpora=a.txt", "--tokenizer=torn.tiktoken"), 1,
                                              "tokenizer=torn.tiktoken: "),
@@ -195,6 +199,21 @@ def test_what_cannot_be_done_gets_one_line(tmp_path, args, status, message):
     got, out, err = run("prepare.py", *args, cwd=tmp_path)
     assert got == status and message in err.splitlines()[-1] and out == "", err
     assert err.count("\n") == 1 or "--instruct=no.jsonl" in args  # a progress bar
+
+
+def test_instructions_that_give_no_pair_are_refused_and_old_pairs_are_said(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "a.jsonl").write_text('{"instruction": "x", "response": "y = 1"}\n')
+    (tmp_path / "b.jsonl").write_text('{"instruction": "x"}\n')
+    for name in ("empty", "b"):
+        status, out, err = run("prepare.py", f"--instruct={name}.jsonl", "--source=s.jsonl",
+                               cwd=tmp_path)
+        assert status == 1 and err.endswith(
+            f"no pair in instruct={name}.jsonl: s.jsonl.skipped.jsonl says why\n"), err
+        assert not (tmp_path / "s.jsonl").exists()
+    for said in ("1 pairs -> s.jsonl", "s.jsonl is there already; delete it to make it anew"):
+        status, out, err = run("prepare.py", "--instruct=a.jsonl", "--source=s.jsonl", cwd=tmp_path)
+        assert status == 0 and said in out, err
 
 
 def test_two_runs_into_one_folder(tokenizer, tmp_path):

@@ -109,6 +109,7 @@ def test_every_layout_of_published_weights(olmo, tmp_path, layout):
             {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
             "rope_type='linear'",
         ),
+        ("rope_parameters", {"type": "linear", "factor": 2.0}, "not supported: type='linear'"),
         ("rope_parameters", None, None),
         ("attention_bias", True, "attention_bias=True"),
         ("num_hidden_layers", 4, "missing or unknown: model.layers.3"),

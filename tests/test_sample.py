@@ -1,7 +1,9 @@
 """sample.py: edits that are drawn again, what it shows, and one line for whatever is wrong."""
 
+import errno
 import io
 import json
+import os
 import shutil
 import sys
 
@@ -289,12 +291,7 @@ def test_a_model_that_knows_the_answer_writes_it(call, monkeypatch, terminal):
         (["--seed=-1"], b"", "at least 0"),
         (["--temperature=nan"], b"", "temperature"),
         (["--edit_retries=1.5"], b"", "edit_retries"),
-        (
-            ["--out=nowhere/p.py", "--prompt=x", "--max_new_tokens=2"],
-            b"",
-            "No such file or directory: 'nowhere/p.py'",
-        ),
-        (["--out=out", "--prompt=x", "--max_new_tokens=2"], b"", "Is a directory: 'out'"),
+        (["--out=out", "--prompt=x", "--max_new_tokens=2"], b"", "-> 'out'"),  # a folder
         (["--init_from=nowhere"], b"", "nowhere on cpu: nowhere/config.json cannot be read"),
         (["--out_dir=nowhere"], b"", "nowhere on cpu: nowhere/config.json cannot be read"),
         ([], b"\xff", "standard input is not UTF-8"),
@@ -323,6 +320,7 @@ def test_what_is_wrong_is_one_line(call, tmp_path, args, stdin, message):
 
 def test_a_torn_checkpoint_and_the_advice_that_comes_with_it(call, tmp_path):
     whole = (tmp_path / "out/ckpt.pt").read_bytes()
+    whole_state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     (tmp_path / "out/ckpt.pt").write_bytes(whole[: len(whole) // 2])
     status, _, err = call("--prompt=x")
     assert status == 1 and "put out/best.pt in its place" in err and err.count("\n") == 1
@@ -342,6 +340,7 @@ def test_a_torn_checkpoint_and_the_advice_that_comes_with_it(call, tmp_path):
         {},
         {"model": {}},
         {"config": {"n_layer": 1}, "model": {}, "meta": {}, "step": 1},
+        whole_state | {"meta": []},
         [1],
     ):
         torch.save(state, tmp_path / "out/ckpt.pt")
@@ -349,6 +348,40 @@ def test_a_torn_checkpoint_and_the_advice_that_comes_with_it(call, tmp_path):
         assert (
             status == 1 and err.startswith("sample.py: out on cpu: ") and err.count("\n") == 1
         ), err
+
+
+def test_a_full_disk_leaves_the_old_program(call, tmp_path, monkeypatch):
+    args = ("--prompt=x", "--max_new_tokens=3", "--out=new/p.py")
+    assert call(*args)[0] == 0  # the folder is made
+    (tmp_path / "new/p.py").write_text("old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, out, err = call(*args)
+    assert status == 1 and "No space left on device" in err
+    assert [p.read_text() for p in (tmp_path / "new").iterdir()] == ["old"]
+
+
+def test_weights_that_are_not_finite_are_refused(call, tmp_path):
+    """With a NaN the likeliest token is the first, whatever the prompt: a program all the same."""
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    for value in (float("nan"), float("inf")):
+        state["model"]["blocks.0.mlp.down.weight"][3, 5] = value
+        torch.save(state, tmp_path / "out/ckpt.pt")
+        status, out, err = call("--prompt=x", "--max_new_tokens=3")
+        assert status == 1 and "not all finite" in err and err.count("\n") == 1 and out == "", err
+
+
+def test_a_tokenizer_with_more_entries_than_the_model_is_refused(call, enc, tmp_path):
+    (tmp_path / "hf").mkdir()
+    model = GPT(GPTConfig(128, enc.n_vocab - 1, n_layer=1, n_head=2, n_embd=32))
+    model.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf/tokenizer.json").write_text(prepare.tokenizer_json(enc))
+    status, out, err = call("--init_from=hf", "--prompt=x")
+    assert status == 1 and err.count("\n") == 1 and out == ""
+    assert f"is of another model: {enc.n_vocab} entries" in err
 
 
 def test_the_tokenizer_must_be_the_one_of_the_training(call, tmp_path):

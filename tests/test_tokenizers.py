@@ -1,12 +1,13 @@
 """Tokenizers both ways: published ones through `tokenizers`, ours exported for transformers."""
 import json
 import random
+import resource
 import sys
 import unicodedata
 
 import pytest
 import torch
-from conftest import run
+from conftest import run, start
 
 import prepare
 from model import GPT, GPTConfig
@@ -136,16 +137,16 @@ def test_export_is_read_by_transformers(workspace, exported):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
     folder, model = exported
-    for benchmark, best in (("humaneval", 0.125), ("mbpp", 0.25)):  # where evaluate.py writes them
+    # where evaluate.py writes without --results: a folder a benchmark
+    for benchmark, mean in (("humaneval", 0.125), ("mbpp", 0.25), ("torn", None)):
         (folder / "out-eval" / benchmark).mkdir(parents=True)
-        path = folder / "out-eval" / benchmark / "results.json"
-        path.write_text(json.dumps({"benchmark": benchmark, "runs": [
-            {"model": name, "temperature": 1.0,
-             "pass@k": {"1": {"mean": mean, "standard_error": 0.01}}}
-            for name, mean in (("exported", best), ("other", 0.999))]}))
-    (folder / "out-eval/results.json").write_text("torn")
+        (folder / "out-eval" / benchmark / "results.json").write_text(json.dumps(
+            {"benchmark": benchmark, "runs": mean and [
+                {"model": name, "temperature": 1.0,
+                 "pass@k": {"1": {"mean": mean, "standard_error": 0.01}}}
+                for name, mean in (("./exported/", mean), ("other", 0.999))]}))
     status, out, err = run("prepare.py", "--export=exported", cwd=folder)
-    assert status == 0, err
+    assert status == 0 and "out-eval/torn/results.json is not what evaluate.py writes" in out, err
     out = folder / "exported/hf"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
@@ -174,6 +175,18 @@ def test_export_is_read_by_transformers(workspace, exported):
         assert torch.equal(again(idx)[0], model(idx)[0]) and info["form"] == "edits"
     marked = enc.encode("x<|diff|>", allowed_special="all")
     assert tokenizer.encode("x<|diff|>", allowed_special="all") == marked
+
+
+def test_export_on_a_full_disk_leaves_the_old_weights(exported):
+    pytest.importorskip("safetensors")
+    folder, model = exported
+    assert run("prepare.py", "--export=exported", cwd=folder)[0] == 0
+    before = (folder / "exported/hf/model.safetensors").read_bytes()
+    process = start("prepare.py", "--export=exported", cwd=folder, preexec_fn=lambda: (
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "File too large" in err and err.count("\n") == 1, err
+    assert (folder / "exported/hf/model.safetensors").read_bytes() == before
 
 
 def test_export_names_what_is_torn_or_changed(exported):

@@ -191,7 +191,7 @@ def test_finetunes_from_pretrained_and_refuses_what_does_not_fit(workspace, tmp_
     assert first < untrained - 0.1
     for change, message in (
             (("--batch_size=4",), "batch_size was 8, is 4"),
-            (("--dataset=edits",), "is of another data"),
+            (("--dataset=edits",), "dataset was 'programs', is 'edits'"),
             (("--pretrained=", "--n_layer=3"), "n_layer was 2, is 3"),
             (("--seed=1",), "seed was 1337, is 1"),
             (("--pretrained=", "--n_head=3"), "n_embd=32 must be n_head=3 times"),
@@ -290,6 +290,8 @@ def test_the_advice_after_a_torn_checkpoint_works(workspace, tmp_path):
         err = refused(*args, "--max_iters=20", cwd=workspace, says="; delete it to start anew")
     torch.save({"model": {}, "iter_num": 3}, tmp_path / "ckpt.pt")  # nanoGPT's
     refused(*args, "--max_iters=20", cwd=workspace, says="cannot be read (KeyError('meta'))")
+    torch.save({"meta": {"fingerprint": "0" * 16}, "model": {}}, tmp_path / "ckpt.pt")
+    refused(*args, "--max_iters=20", cwd=workspace, says="cannot be read (KeyError('evaluated'))")
 
 
 def dataset(folder, name, train, val, table=None):
@@ -423,6 +425,19 @@ def test_data_that_is_broken_is_refused_in_a_line(tmp_path):
     assert run("train.py", *args, cwd=tmp_path)[0] == 0
 
 
+def test_numbers_that_the_data_cannot_hold_are_refused(tmp_path):
+    """Tokens beyond the vocabulary; examples that are not in order, or not those of the bin."""
+    tokens, good = [i % 64 for i in range(900)], [(0, 10), (300, 310)]
+    name = dataset(tmp_path, "big", tokens + [999] * 200, tokens)
+    status, out, err = run("train.py", name, *TINY, "--max_iters=9", cwd=tmp_path)
+    assert status == 1 and "numbers that its meta.json's vocab_size does not" in err, err
+    assert err.count("\n") == 1
+    for n, table in enumerate(([(0, 10), (3000, 3100)], [(300, 310), (0, 10)], [(-5, 10)],
+                               [(0, 10), (300, 290)], [(0, 500), (300, 310)])):
+        name = dataset(tmp_path, f"x{n}", tokens, tokens, (good, table))
+        refused(name, *TINY, cwd=tmp_path, says="val.examples.npy is not what prepare.py wrote")
+
+
 def test_two_runs_into_one_folder_are_refused(workspace, tmp_path):
     args = ("--dataset=text", "--max_iters=2000", *TINY, f"--out_dir={tmp_path}/out")
     process = start("train.py", *args, cwd=workspace)
@@ -468,7 +483,7 @@ def test_data_that_changed_under_a_checkpoint_is_refused(workspace, tmp_path):
     tokens = np.fromfile(tmp_path / "data/text/train.bin", dtype="<u2")
     tokens[::-1].tofile(tmp_path / "data/text/train.bin")
     status, out, err = run("train.py", *args, "--max_iters=2", cwd=tmp_path)
-    assert status == 1 and "is of another data: data was [[" in err and len(err.splitlines()) == 1
+    assert status == 1 and "is of another run: data was [[" in err and len(err.splitlines()) == 1
 
 
 def settings(**changes):
@@ -549,8 +564,8 @@ def test_muon_moves_along_the_nearest_orthogonal_matrix():
     fused.grad = torch.randn_like(fused)
     for p, grad in zip(parts, fused.grad.chunk(3)):
         p.grad = grad.clone()
-    train.Muon([dict(params=[fused], pieces=3)], lr=0.1).step()
-    train.Muon(parts, lr=0.1).step()
+    train.Muon([dict(params=[fused], pieces=3)], 0.1, 0).step()
+    train.Muon(parts, 0.1, 0).step()
     assert torch.allclose(fused, torch.cat([p for p in parts]), atol=1e-5)
 
 
