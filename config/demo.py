@@ -8,7 +8,8 @@ instruct = ("stdlib", "family")
 source = "data/demo-instruct.jsonl"
 dest = "data/demo-edits.jsonl"
 benchmark = "data/demo-problems.jsonl"
-samples = 2  # edit sequences a program
+family_size = 8000
+samples = 3  # edit sequences a program
 
 # the model
 out_dir = "out-demo"
@@ -17,13 +18,13 @@ n_layer, n_head, n_embd = 4, 4, 128
 
 # 16 rows * 256 tokens = 4,096 tokens a step
 batch_size = micro_batch = 16
-max_iters = 300
+max_iters = 100
 optimizer = "muon"
 learning_rate = 3e-3
-muon_lr = 0.02
-warmup_iters = 30
+muon_lr = 0.01
+warmup_iters = 20
 weight_decay = 0.01
-eval_interval = 100
+eval_interval = 50
 eval_rows = 128
 log_interval = 20
 

@@ -1,13 +1,13 @@
-"""The demo's finetuning on LintSeq's edit sequences, from the pretrained demo model."""
+"""The demo's finetuning on LintSeq's edit sequences."""
 from config.demo import *
 
 corpora = instruct = ()
 form = "edits"
 dataset = "demo-edits"
-pretrained = "out-demo"
+pretrained = ""  # from the pretrained demo model it ends worse at this size (README)
 out_dir = "out-demo-edits"
 
-epochs = 1  # over 2 edit sequences a pair
+epochs = 1  # over 3 edit sequences a pair
 max_iters = 0
 decay, min_lr = "linear", 0.0  # as the paper finetunes
 eval_interval = 400

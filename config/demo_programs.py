@@ -1,3 +1,3 @@
 """The demo's baseline: whole programs in place of edits, as many passes over the instructions."""
 from config.demo_edits import *
-form, dataset, out_dir, epochs = "programs", "demo-programs", "out-demo-programs", 2
+form, dataset, out_dir, epochs = "programs", "demo-programs", "out-demo-programs", 3
