@@ -210,7 +210,8 @@ def neox(tmp_path_factory, library):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=3000, special_tokens=["|||IP_ADDRESS|||", "<|padding|>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    t.train_from_iterator(library[:250] + ["東京 café naïve 🙂 Ελληνικά русский"] * 50, trainer)
+    letters = ["東京 café naïve 🙂 Ελληνικά русский"] * 50
+    t.train_from_iterator(library[:250] + letters, trainer)
     t.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
     t.add_tokens([tokenizers.AddedToken(m, normalized=False)
                   for m in ("|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||")])

@@ -56,8 +56,8 @@ def test_every_format_and_what_is_broken_in_it(tokenizer, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     enc, place = prepare.get_tokenizer(tokenizer), tmp_path / "corpus"
     place.mkdir()
-    g = sorted((f"document {i}: " + "naïve café 東京 🙂\r\n\tx = 1  \n" * i for i in range(1, 41)),
-               key=len)
+    line = "naïve café 東京 🙂\r\n\tx = 1  \n"
+    g = sorted((f"document {i}: " + line * i for i in range(1, 41)), key=len)
     (place / "a.py").write_text(g[0], newline="")
     (place / "a_latin.py").write_bytes("café".encode("latin-1"))
     (place / "empty.txt").write_text("")
