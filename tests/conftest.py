@@ -1,5 +1,8 @@
 """What the tests share: scripts as users start them, small real data, a hub on 127.0.0.1."""
+import contextlib
 import hashlib
+import importlib
+import io
 import json
 import os
 import random
@@ -16,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import config  # noqa: E402,F401  before torch: it says how its threads wait
+import config  # noqa: E402  before torch: it says how its threads wait
 import torch  # noqa: E402
 torch.set_num_threads(2)
 
@@ -36,6 +39,24 @@ def run(script, *args, cwd, ranks=1):
     process = start(script, *args, cwd=cwd, ranks=ranks)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def call(script, *args, cwd):
+    """run() in this process, for what a script refuses or does in a moment: to start another takes
+    seconds."""
+    main = importlib.import_module(script.removesuffix(".py")).main
+    status, out, err, there, argv = 0, io.StringIO(), io.StringIO(), os.getcwd(), sys.argv
+    os.chdir(cwd)
+    sys.argv = [script, *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            config.run(main)
+    except SystemExit as e:
+        status = e.code
+    finally:
+        os.chdir(there)
+        sys.argv = argv
+    return status, out.getvalue(), err.getvalue()
 
 
 def stop_servers():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, call, run
 
 import config
 
@@ -41,7 +41,8 @@ def test_defaults_file_then_command_line(tmp_path):
     (["config/mine.txt"], "a config file lives in a folder named config/"),
 ])
 def test_mistakes_get_one_line(args, message, tmp_path):
-    status, out, err = run("train.py", *args, cwd=tmp_path)
+    try_it = run if args == ["--max_iter=5"] else call  # one as users start it
+    status, out, err = try_it("train.py", *args, cwd=tmp_path)
     assert status in (1, 2) and err.count("\n") == 1 and message in err and out == ""
 
 
@@ -51,15 +52,16 @@ def test_mistakes_get_one_line(args, message, tmp_path):
 def test_mistakes_in_a_config_file(text, message, tmp_path):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "mine.py").write_text(text)
-    script = "sample.py" if "itrs" in text else "train.py"
-    status, out, err = run(script, "config/mine.py", cwd=tmp_path)
+    try_it, script = (run, "sample.py") if "itrs" in text else (call, "train.py")
+    status, out, err = try_it(script, "config/mine.py", cwd=tmp_path)
     assert status == 2 and err.count("\n") == 1 and message in err and "mine.py" in err
 
 
 @pytest.mark.parametrize("script", ["prepare", "lintseq", "train", "sample", "evaluate"])
 def test_help_lists_every_key_with_its_comment(script, tmp_path):
     import importlib
-    status, out, err = run(f"{script}.py", "--help", cwd=tmp_path)
+    try_it = run if script == "evaluate" else call
+    status, out, err = try_it(f"{script}.py", "--help", cwd=tmp_path)
     assert status == 0 and err == ""
     keys = [k for k in vars(importlib.import_module(script).Settings) if not k.startswith("_")]
     for key in keys:
@@ -196,17 +198,22 @@ def test_what_was_written_whole_and_is_broken_now_is_named(tmp_path):
     (tmp_path / "data/hub/fineweb.json").write_text('["c0ffee", {')
     (tmp_path / "t.tiktoken").write_text("".join(
         f"{base64.b64encode(bytes([n])).decode()} {n}\n" for n in range(256)))
-    status, out, err = run("prepare.py", "--corpora=fineweb", "--tokenizer=t.tiktoken",
-                           cwd=tmp_path)
+    status, out, err = call("prepare.py", "--corpora=fineweb", "--tokenizer=t.tiktoken",
+                            cwd=tmp_path)
     assert status == 1 and "data/hub/fineweb.json is broken" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("gpus", ["0", "x", "-1", ""])
-def test_a_number_of_gpus_that_is_none_is_refused(gpus):
-    made = subprocess.run([sys.executable, "-m", "config._preflight", "150m", gpus], cwd=ROOT,
+def test_a_number_of_gpus_that_is_none_is_refused(monkeypatch, capsys):
+    from config import _preflight
+    says = "make 150m: GPUS={!r} is no number of GPUs\n".format
+    made = subprocess.run([sys.executable, "-m", "config._preflight", "150m", "0"], cwd=ROOT,
                           capture_output=True, text=True)
-    assert made.returncode == 2
-    assert made.stderr == f"make 150m: GPUS={gpus!r} is no number of GPUs\n"
+    assert (made.returncode, made.stderr) == (2, says("0"))
+    for gpus in ("x", "-1", ""):
+        monkeypatch.setattr(sys, "argv", ["_preflight.py", "150m", gpus])
+        with pytest.raises(SystemExit) as end:
+            _preflight.main()
+        assert (end.value.code, capsys.readouterr().err) == (2, says(gpus))
 
 
 def test_an_output_without_the_letters_is_no_matter(tmp_path, monkeypatch):

@@ -1,19 +1,15 @@
 """train.py as users run it: to the end, stopped and resumed, killed, on two ranks, with bad input;
 its rows, schedule and Muon."""
-import contextlib
 import importlib.util
-import io
 import json
-import os
 import shutil
 import signal
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, start
+from conftest import ROOT, call, run, start
 
 import train
 
@@ -36,21 +32,9 @@ def load(path):
 
 
 def refused(*args, cwd, says):
-    """The command ends with one line, which holds `says`, before it trains; in this process, for
-    another takes a second to start. The line."""
-    there, argv, err = os.getcwd(), sys.argv, io.StringIO()
-    os.chdir(cwd)
-    sys.argv = ["train.py", *map(str, args)]
-    try:
-        with contextlib.redirect_stderr(err):
-            train.config.run(train.main)
-    except SystemExit as e:
-        assert e.code in (1, 2)
-    finally:
-        os.chdir(there)
-        sys.argv = argv
-    line = err.getvalue()
-    assert len(line.splitlines()) == 1 and says in line, line
+    """The command ends with one line, which holds `says`, before it trains. The line."""
+    status, _, line = call("train.py", *args, cwd=cwd)
+    assert status in (1, 2) and len(line.splitlines()) == 1 and says in line, line
     return line
 
 
