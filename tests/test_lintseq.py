@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pyflakes.test
 import pytest
-from conftest import run, start
+from conftest import call, run, start
 from hypothesis import HealthCheck, given, settings, strategies as st
 from pyflakes.checker import Checker
 from pyflakes.test import harness
@@ -504,6 +504,11 @@ def convert(rows, dest, *args, ranks=1):
     return run("lintseq.py", *ARGS, f"--dest={dest}", *args, cwd=rows, ranks=ranks)
 
 
+def convert_here(rows, *args):
+    """The same into out.jsonl by one worker, in this process."""
+    return call("lintseq.py", *ARGS, "--dest=out.jsonl", "--workers=1", *args, cwd=rows)
+
+
 ARGS = ("--source=in.jsonl", "--samples=3", "--seed=4")
 
 
@@ -548,7 +553,7 @@ def test_bulk_rows_are_the_published_ones_and_the_same_for_any_workers(rows):
     (("--dest=broken",), 1, "not as a run left it"), (("--dest=cut",), 1, "not as a run left it")])
 def test_a_mistake_is_told_in_one_line_and_touches_nothing(rows, args, status, message):
     (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 1"}\n')
-    assert convert(rows, "out.jsonl", "--workers=1")[0] == 0
+    assert convert_here(rows)[0] == 0
     (rows / "kept.txt").write_text("no output")
     (rows / "broken.state.json").write_text('{"')
     (rows / "cut.state.json").write_bytes((rows / "out.jsonl.state.json").read_bytes())
@@ -556,7 +561,7 @@ def test_a_mistake_is_told_in_one_line_and_touches_nothing(rows, args, status, m
         (rows / name).touch()
         (rows / f"{name}.skipped.jsonl").touch()
     before = {p: p.read_bytes() for p in rows.iterdir()}
-    found, out, err = convert(rows, "out.jsonl", "--workers=1", *args)
+    found, out, err = convert_here(rows, *args)
     assert found == status and message in err and err.count("\n") == 1
     assert before == {p: p.read_bytes() for p in rows.iterdir()}
 
@@ -564,20 +569,25 @@ def test_a_mistake_is_told_in_one_line_and_touches_nothing(rows, args, status, m
 def test_a_source_that_changed_is_noticed(rows):
     """Also where it is as long as before: what it was made into is not taken for what it is now."""
     (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 1"}\n')
-    assert convert(rows, "out.jsonl", "--workers=1")[0] == 0
+    assert convert_here(rows)[0] == 0
     before = (rows / "out.jsonl").read_bytes()
     (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 2"}\n')
-    status, out, err = convert(rows, "out.jsonl", "--workers=1")
+    status, out, err = convert(rows, "out.jsonl", "--workers=1")  # as users start it
     assert status == 1 and "is of other settings" in err and err.count("\n") == 1
     assert (rows / "out.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("name, content", [
     ("in.jsonl", b""), ("in.jsonl", b"\n"), ("in.jsonl", b'{"prompt": 1}\n'),
-    ("in.gz", gzip.compress(b"{}\n" * 99)[:-9]), ("in.gz", b"{}"), ("in.parquet", b"PAR1")])
+    ("in.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:-9]), ("in.gz", b"{}"),
+    ("in.parquet", b"PAR1")])
 def test_a_source_without_a_program_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    status, out, err = run("lintseq.py", f"--source={name}", "--dest=out", cwd=tmp_path)
+    if not content:  # as users start it, with workers
+        status, out, err = run("lintseq.py", f"--source={name}", "--dest=out", cwd=tmp_path)
+    else:
+        status, out, err = call("lintseq.py", f"--source={name}", "--dest=out", "--workers=1",
+                                cwd=tmp_path)
     assert status == 1 and "Traceback" not in err
     assert f"{name} holds no program that can be written as edits" in err
 
@@ -642,5 +652,5 @@ def test_a_file_is_shown_edit_by_edit(tmp_path):
             (("h.py",), 1, "h.py"), ((".",), 1, "directory"),
             (("--source=x", "--dest=y"), 1, "No such file"),
             (("--source=.", "--dest=y"), 1, "directory")):
-        found, out, err = run("lintseq.py", *args, cwd=tmp_path)
+        found, out, err = call("lintseq.py", *args, cwd=tmp_path)
         assert found == status and message in err and err.count("\n") == 1
