@@ -59,6 +59,12 @@ def call(script, *args, cwd):
     return status, out.getvalue(), err.getvalue()
 
 
+def response(*edits):
+    """What a model writes, as published: each edit behind a marker of its own (the first one ends
+    the prompt), two bare markers at the end, end-of-text."""
+    return "\n<|diff|>".join(edits) + 2 * "\n<|diff|>" + "<|endoftext|>"
+
+
 def stop_servers():
     """End the sandbox's idle servers: the next program starts one."""
     import evaluate
@@ -217,6 +223,15 @@ def library():
     """The texts of this Python's standard library."""
     import prepare
     return [text for _, text in prepare.read_documents("stdlib")]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """The path of a small .tiktoken file, trained on the scripts."""
+    import prepare
+    path = tmp_path_factory.mktemp("tokenizer") / "tiny.tiktoken"
+    prepare.train_tokenizer(path, [p.read_text() for p in sorted(ROOT.glob("*.py"))], 600)
+    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pyflakes.test
 import pytest
-from conftest import call, run, start
+from conftest import call, response, run, start
 from hypothesis import HealthCheck, given, settings, strategies as st
 from pyflakes.checker import Checker
 from pyflakes.test import harness
@@ -49,17 +49,10 @@ def errors(source):
     return [str(x) for x in Checker(ast.parse(source)).messages if isinstance(x, lintseq.ERRORS)]
 
 
-def response(edits):
-    """What a model writes, as published: each edit behind a marker of its own (the first one ends
-    the prompt), two bare markers at the end, end-of-text."""
-    marker = "\n<|diff|>"
-    return marker.join(edits) + 2 * marker + "<|endoftext|>"
-
-
 def check_sequence(source, edits, clean=True):
     """Everything that holds of every edit sequence: exact, insertions only, no empty edit, clean
     states."""
-    assert lintseq.apply_and_count(response(edits)) == (
+    assert lintseq.apply_and_count(response(*edits)) == (
         source, {"edits": len(edits), "hunks": sum(e.count("\n@@ -") + 1 for e in edits),
                  "malformed": 0})
     dirty, before, total = bool(errors(source)), [], 0
@@ -458,7 +451,7 @@ SOURCES = stdlib_sources(25, 5, 60, seed=5)
 @given(st.sampled_from(SOURCES), st.integers(0, 2 ** 32), st.data())
 def test_mutated_edits_are_applied_as_far_as_they_go(source, seed, data):
     try:
-        text = response(lintseq.lintseq(source, random.Random(seed)))
+        text = response(*lintseq.lintseq(source, random.Random(seed)))
     except ValueError:
         return
     assert lintseq.apply_edits(text) == source
@@ -527,7 +520,7 @@ def test_bulk_rows_are_the_published_ones_and_the_same_for_any_workers(rows):
         assert set(r) == {"edit_path", "index", "source_instruction", "source_response"}
         assert r["source_instruction"] == source[r["index"]]["instruction"]
         assert r["source_response"] == source[r["index"]]["response"]
-        assert lintseq.apply_edits(response(r["edit_path"])) == r["source_response"]
+        assert lintseq.apply_edits(response(*r["edit_path"])) == r["source_response"]
     distinct = [len({tuple(r["edit_path"]) for r in written[i:i + 3]})
                 for i in range(0, len(written), 3)]
     assert sum(distinct) / len(distinct) > 2.9  # repeats are drawn again

@@ -21,13 +21,6 @@ pyarrow = pytest.importorskip("pyarrow")
 import pyarrow.parquet  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tiny.tiktoken"
-    prepare.train_tokenizer(path, [p.read_text() for p in sorted(ROOT.glob("*.py"))], 600)
-    return str(path)
-
-
 def parquet(path, column, texts, kind=None, **kwargs):
     columns = {"id": list(range(len(texts))), column: pyarrow.array(texts, kind)}
     pyarrow.parquet.write_table(pyarrow.table(columns), path, **kwargs)

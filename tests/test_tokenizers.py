@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 import torch
-from conftest import run, start
+from conftest import call, response, run, start
 
 import prepare
 from model import GPT, GPTConfig
@@ -157,8 +157,7 @@ def test_export_is_read_by_transformers(workspace, exported):
         assert (theirs(idx).logits - model(idx)[0]).abs().max() < 1e-4
     enc = prepare.get_tokenizer(str(workspace / "tiny.tiktoken"))
     for row in map(json.loads, (workspace / "edits.jsonl").open()):
-        text = row["source_instruction"] + "\n<|diff|>" + "\n<|diff|>".join(row["edit_path"])
-        text += "\n<|diff|>\n<|diff|><|endoftext|>"
+        text = row["source_instruction"] + "\n<|diff|>" + response(*row["edit_path"])
         ids = tokenizer.encode(text)
         assert ids == enc.encode(text, allowed_special="all") and tokenizer.decode(ids) == text
     for text in random_texts(200, 3):
@@ -180,7 +179,7 @@ def test_export_is_read_by_transformers(workspace, exported):
 def test_export_on_a_full_disk_leaves_the_old_weights(exported):
     pytest.importorskip("safetensors")
     folder, model = exported
-    assert run("prepare.py", "--export=exported", cwd=folder)[0] == 0
+    assert call("prepare.py", "--export=exported", cwd=folder)[0] == 0
     before = (folder / "exported/hf/model.safetensors").read_bytes()
     process = start("prepare.py", "--export=exported", cwd=folder, preexec_fn=lambda: (
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)))
@@ -193,12 +192,12 @@ def test_export_names_what_is_torn_or_changed(exported):
     folder, _ = exported
     lines = (folder / "tiny.tiktoken").read_bytes().splitlines(keepends=True)
     (folder / "tiny.tiktoken").write_bytes(b"".join(lines[:-1]))
-    status, out, err = run("prepare.py", "--export=exported", cwd=folder)
+    status, out, err = call("prepare.py", "--export=exported", cwd=folder)
     assert status == 1 and "another tiny.tiktoken: put the old file back" in err
     (folder / "tiny.tiktoken").unlink()
-    status, out, err = run("prepare.py", "--export=exported", cwd=folder)
+    status, out, err = call("prepare.py", "--export=exported", cwd=folder)
     assert status == 1 and "tiny.tiktoken" in err and err.count("\n") == 1
     (folder / "exported/ckpt.pt").write_bytes(b"torn")
-    status, out, err = run("prepare.py", "--export=exported", cwd=folder)
+    status, out, err = call("prepare.py", "--export=exported", cwd=folder)
     assert status == 1 and "its ckpt.pt, or the tokenizer in that, cannot be read" in err
     assert err.count("\n") == 1
