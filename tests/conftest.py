@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -43,9 +44,10 @@ def run(script, *args, cwd, ranks=1):
 
 def call(script, *args, cwd):
     """run() in this process, for what a script refuses or does in a moment: to start another takes
-    seconds."""
+    seconds. Not for what its last lines do (train.py's of a RuntimeError)."""
     main = importlib.import_module(script.removesuffix(".py")).main
     status, out, err, there, argv = 0, io.StringIO(), io.StringIO(), os.getcwd(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     os.chdir(cwd)
     sys.argv = [script, *map(str, args)]
     try:
@@ -56,6 +58,8 @@ def call(script, *args, cwd):
     finally:
         os.chdir(there)
         sys.argv = argv
+        for number, handler in handlers.items():  # train.py's
+            signal.signal(number, handler)
     return status, out.getvalue(), err.getvalue()
 
 
