@@ -1,9 +1,13 @@
 """What the tests share: scripts as users start them, small real data, a hub on 127.0.0.1."""
+import contextlib
 import hashlib
+import importlib
+import io
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import config  # noqa: E402,F401  before torch: it says how its threads wait
+import config  # noqa: E402  before torch: it says how its threads wait
 import torch  # noqa: E402
 torch.set_num_threads(2)
 
@@ -36,6 +40,33 @@ def run(script, *args, cwd, ranks=1):
     process = start(script, *args, cwd=cwd, ranks=ranks)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def call(script, *args, cwd):
+    """run() in this process, for what a script refuses or does in a moment: to start another takes
+    seconds. Not for what its last lines do (train.py's of a RuntimeError)."""
+    main = importlib.import_module(script.removesuffix(".py")).main
+    status, out, err, there, argv = 0, io.StringIO(), io.StringIO(), os.getcwd(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.chdir(cwd)
+    sys.argv = [script, *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            config.run(main)
+    except SystemExit as e:
+        status = e.code
+    finally:
+        os.chdir(there)
+        sys.argv = argv
+        for number, handler in handlers.items():  # train.py's
+            signal.signal(number, handler)
+    return status, out.getvalue(), err.getvalue()
+
+
+def response(*edits):
+    """What a model writes, as published: each edit behind a marker of its own (the first one ends
+    the prompt), two bare markers at the end, end-of-text."""
+    return "\n<|diff|>".join(edits) + 2 * "\n<|diff|>" + "<|endoftext|>"
 
 
 def stop_servers():
@@ -199,6 +230,15 @@ def library():
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """The path of a small .tiktoken file, trained on the scripts."""
+    import prepare
+    path = tmp_path_factory.mktemp("tokenizer") / "tiny.tiktoken"
+    prepare.train_tokenizer(path, [p.read_text() for p in sorted(ROOT.glob("*.py"))], 600)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def neox(tmp_path_factory, library):
     """A tokenizer.json made as GPT-NeoX's and OLMo's: NFC, ByteLevel, runs of spaces and masks as
     added tokens."""
@@ -210,7 +250,8 @@ def neox(tmp_path_factory, library):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=3000, special_tokens=["|||IP_ADDRESS|||", "<|padding|>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    t.train_from_iterator(library[:250] + ["東京 café naïve 🙂 Ελληνικά русский"] * 50, trainer)
+    letters = ["東京 café naïve 🙂 Ελληνικά русский"] * 50
+    t.train_from_iterator(library[:250] + letters, trainer)
     t.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
     t.add_tokens([tokenizers.AddedToken(m, normalized=False)
                   for m in ("|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||")])

@@ -14,7 +14,7 @@ import evaluate
 import lintseq
 import prepare
 from config import _demo_problems as demo
-from test_train import TINY
+from test_train import LONGER
 
 
 def verdict(problem, program):
@@ -79,7 +79,7 @@ def test_tokenizer_is_exact_and_writes_edits_in_few_tokens(workspace):
 @pytest.fixture(scope="module")
 def tuned(workspace):
     """A model that has seen a few steps of edits: it writes something, mostly nonsense."""
-    status, out, err = run("train.py", "--dataset=edits", "--max_iters=40", *TINY, "--block_size=256",
+    status, out, err = run("train.py", "--dataset=edits", "--max_iters=40", *LONGER,
                            "--out_dir=out-tuned", "--optimizer=muon", cwd=workspace)
     assert status == 0, err
     return workspace
@@ -88,39 +88,24 @@ def tuned(workspace):
 def test_sample_before_any_checkpoint_says_how_to_get_one(tmp_path):
     status, out, err = run("sample.py", cwd=tmp_path)
     assert status == 1 and err.count("\n") == 1 and "make demo" in err and out == ""
-    status, out, err = run("sample.py", "--init_from=nowhere", "--prompt=x", cwd=tmp_path)
-    assert status == 1 and err.count("\n") == 1 and "nowhere" in err
 
 
 def test_sample_writes_programs(tuned):
-    status, out, err = run("sample.py", "--prompt=Write a Python function `f(x)`.", "--max_new_tokens=120", cwd=tuned)
-    assert status == 0 and "# Write a Python function `f(x)`." in err and "@@" in err, err
+    """As a user starts it, with a prompt through a pipe; test_sample.py has the other ways."""
+    piped = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), "--max_new_tokens=120"], cwd=tuned, text=True,
+        input="Write a Python function `f(x)`.", capture_output=True)
+    out, err = piped.stdout, piped.stderr
+    assert piped.returncode == 0, err
+    assert "# Write a Python function `f(x)`." in err and "@@" in err, err
     raw = err.split("\n", 1)[1]
     assert out.rstrip("\n") == lintseq.apply_edits(raw.split("\n# ")[0]).rstrip("\n")
-    status, _, err = run("sample.py", "--prompt=x", "--num_samples=2", "--temperature=1", "--out=p.py",
-                         "--max_new_tokens=60", cwd=tuned)
-    assert status == 0 and (tuned / "p.py").exists() and (tuned / "p-1.py").exists()
-    args = [sys.executable, str(ROOT / "sample.py"), "--max_new_tokens=9"]
-    piped = subprocess.run(args, cwd=tuned, input="Write a Python function `g(y)`.", capture_output=True, text=True)
-    assert piped.returncode == 0 and "# Write a Python function `g(y)`." in piped.stderr
-    default = subprocess.run(args + ["--benchmark=problems.jsonl"], cwd=tuned, input="", capture_output=True, text=True)
-    assert json.loads(open(tuned / "problems.jsonl").readline())["instruction"] in default.stderr
-
-
-def test_a_tokenizer_that_changed_is_noticed(tuned):
-    path = tuned / "tiny.tiktoken"
-    whole = path.read_bytes()
-    try:
-        path.write_bytes(b"\n".join(whole.splitlines()[:-1]))
-        status, out, err = run("sample.py", "--prompt=x", "--init_from=out-tuned", cwd=tuned)
-        assert status == 1 and "another tiny.tiktoken" in err and err.count("\n") == 1
-    finally:
-        path.write_bytes(whole)
 
 
 def test_a_scored_table_of_a_model(tuned):
-    status, out, err = run("evaluate.py", "--init_from=out-tuned", "--benchmark=problems.jsonl", "--limit=6",
-                           "--num_samples=2", "--ks=1,2", "--max_new_tokens=80", "--unsafe", cwd=tuned)
+    status, out, err = run("evaluate.py", "--init_from=out-tuned", "--benchmark=problems.jsonl",
+                           "--limit=6", "--num_samples=2", "--ks=1,2", "--max_new_tokens=80",
+                           "--unsafe", cwd=tuned)
     assert status == 0, err
     assert "pass@1" in out and "pass@2" in out and "out-tuned" in out
 

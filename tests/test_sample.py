@@ -10,6 +10,7 @@ import sys
 import pytest
 import tiktoken
 import torch
+from conftest import response
 
 import config
 import lintseq
@@ -88,10 +89,6 @@ def script(monkeypatch, enc, write):
         return [new[len(row.new) :][:1] for row, new in zip(rows, ids)]
 
     monkeypatch.setattr(model_module.Decoder, "draw", draw)
-
-
-def response(*edits):
-    return "".join(edit + "\n<|diff|>" for edit in (*edits, "")) + "<|endoftext|>"
 
 
 def complete(model, enc, n, retries=2, temperature=0.0, **more):
