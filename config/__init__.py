@@ -66,12 +66,6 @@ _cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 CPUS = max(1, _cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # for this rank alone
 
 
-def say(line):
-    """A line on standard output, from the first rank alone."""
-    if RANK == 0:
-        print(line, flush=True)
-
-
 def die(message, status=1):
     """End the script with one line that says what is wrong, where, and how to mend it."""
     who = Path(sys.argv[0]).name + (f": rank {RANK}" if RANK else "")
