@@ -533,21 +533,24 @@ def make_rows(job, cfg):
                 rng, paths = random.Random(f"{cfg.seed}/{index}"), []
             case _:
                 raise ValueError("no texts `instruction` and `response`")
+        tries = 5
         for _ in range(cfg.samples):
-            for attempt in range(5):  # a repeated one is drawn again: short programs have only few
+            for _ in range(tries):  # a repeated one is drawn again
                 path = METHODS[cfg.method](response, rng)
                 if path not in paths:
                     break
+            else:
+                tries = 1  # short programs have only few
             paths.append(path)
     except Exception as e:  # too deep for the parser, pyflakes' own: the next row can do
         kind = "does not parse: " if isinstance(e, SyntaxError) else ""
         reason = f"{kind}{str(e) or type(e).__name__}"
         return (json.dumps({"index": index, "reason": reason}) + "\n",
                 {"skipped: " + reason.split(":")[0]: 1})
-    rows = [{"edit_path": path, "index": index, "source_instruction": instruction,
-             "source_response": response} for path in paths]
-    return ("".join(json.dumps(row) + "\n" for row in rows),
-            {"programs": 1, "edits": sum(map(len, paths))})
+    rows = "".join(json.dumps({
+        "edit_path": path, "index": index, "source_instruction": instruction,
+        "source_response": response}) + "\n" for path in paths)
+    return rows, {"programs": 1, "edits": sum(map(len, paths))}
 
 
 def make_all_rows(jobs, cfg):
