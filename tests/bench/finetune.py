@@ -64,7 +64,7 @@ def padded(rows, numbers, multiple):
     batch = torch.zeros(2, len(numbers), length, dtype=torch.int64)
     batch[1] = -1
     for k, e in enumerate(numbers):
-        b, n, first = rows.begin[e], rows.length[e], rows.first[e]
+        b, n, first = rows.begin[e], rows.length[e], rows.first_target[e]
         tokens = torch.from_numpy(rows.tokens[b:b + n + 1].astype(np.int64))
         batch[0, k, :n] = tokens[:-1]
         batch[1, k, first:n] = tokens[1 + first:]
