@@ -66,9 +66,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask, cache):
         """x: (B, T, C). rope: cos and sin, (1, T, D) or (B, 1, T, D). mask: (B, 1, T, S), None is
-        causal. cache: None, or (keys_values, slots,
-        positions): this call's are written to keys_values (2, slots, H, S, D) at [:, slots, :,
-        positions]; with a mask, as decoding has, all of the first B slots is attended to."""
+        causal. cache: None, or (keys_values, slots, positions): this call's are written to
+        keys_values (2, slots, H, S, D) at [:, slots, :, positions]; with a mask, as decoding has,
+        all of the first B slots is attended to."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
@@ -240,7 +240,7 @@ class GPT(nn.Module):
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens, not 1 to {block_size - 1}")
             most = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[i]
             all_rows.append(Row(i, tuple(prompt), min(most, block_size - len(prompt)), temperature,
-                             Random(seeds[i] if seeds else i), []))
+                                Random(seeds[i] if seeds else i), []))
         waiting, rows = [row for row in all_rows if row.max_new > 0], []  # rows[s] has slot s
         slots = min(batch_size, len(all_rows))
         chunk = chunk or (16 if self.wte.weight.is_cuda else 1)

@@ -476,7 +476,7 @@ def open_log(path, step):
     it is empty: of an earlier run not even step 0's line stays."""
     rows = config.read_rows(path) if path.exists() else ()
     kept = [row for _, row in rows if isinstance(row, dict) and row.get("step", 0) <= step]
-    config.write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    config.write_jsonl(path, kept)
     return open(path, "a", buffering=1)
 
 

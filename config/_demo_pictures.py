@@ -7,11 +7,12 @@ plot.png: pass@k over k, a line a model, at temperature 1.
 """
 import html
 import json
-import math
 import textwrap
 from pathlib import Path
+from statistics import mean
 
 import config
+import evaluate
 import lintseq
 
 RESULTS = Path("out-demo-eval")
@@ -65,8 +66,7 @@ def plot_scores(runs, path):
         if run["temperature"]:
             counts = list(run["correct"].values())  # (samples, right ones) of each problem
             ks = range(1, min(n for n, _ in counts) + 1)
-            scores = [100 - 100 * sum(math.comb(n - c, k) / math.comb(n, k) for n, c in counts)
-                      / len(counts) for k in ks]
+            scores = [100 * mean(evaluate.pass_at_k(n, c, k) for n, c in counts) for k in ks]
             plt.plot(ks, scores, marker="o", label=run["model"])
     plt.xlabel("k")
     plt.ylabel("pass@k, %")

@@ -1,4 +1,4 @@
-"""The demo: a model of 1.2M parameters, pretrained on this Python's own standard library (README)."""
+"""The demo: a model of 1.2M parameters, trained on this Python's own standard library (README)."""
 # what prepare.py makes
 dataset = "demo"
 corpora = ("stdlib",)

@@ -4,7 +4,7 @@ from config.demo import *
 corpora = instruct = ()
 form = "edits"
 dataset = "demo-edits"
-pretrained = ""  # from the pretrained demo model it ends worse at this size (README)
+# no `pretrained`: from the pretrained demo model it ends worse at this size (README)
 out_dir = "out-demo-edits"
 
 epochs = 1  # over 3 edit sequences a pair

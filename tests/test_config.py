@@ -1,6 +1,6 @@
 """Settings from a file and the command line, through the scripts that users type."""
-import errno
 import base64
+import errno
 import gzip
 import os
 import subprocess
