@@ -42,6 +42,7 @@ from typing import Literal, NamedTuple
 
 import config
 from config import RANK, WORLD, die, digest, say
+# prepare, sample and torch are imported where they are needed: run_program is light to import
 
 
 class Settings:
@@ -127,7 +128,7 @@ def load_problems(cfg):
     """[{task_id, entry_point, text, instruction, prefix, tests}]: text is what a pretrained model
     continues, instruction what a tuned one reads, prefix the code that a completion is appended
     to, tests what follows it."""
-    problems = make_of_rows(find_benchmark(cfg), make_problem)
+    problems = map_rows(find_benchmark(cfg), make_problem)
     if cfg.benchmark == "mbpp" and len(problems) == 974:
         problems = problems[10:510]  # its test split
     if cfg.benchmark == "mbppplus" and len(problems) > 300:
@@ -138,7 +139,7 @@ def load_problems(cfg):
     return problems[:cfg.limit or None]
 
 
-def make_of_rows(path, make):
+def map_rows(path, make):
     """[make(row)] of a file; die names the first row of which it cannot be made."""
     made = []
     for n, row in config.read_rows(path):
@@ -233,17 +234,6 @@ def cut_after_function(text, name):
     return text
 
 
-def hash_weights(model):
-    """A digest of what was really read: each parameter's name, type, kind of device and bytes, and
-    the shape of the model. Half a second for 150M."""
-    import torch
-    total = hashlib.sha256(str(model.config).encode())
-    for name, x in model.state_dict().items():
-        total.update(f"{name} {x.dtype} {x.device.type}".encode())
-        total.update(x.cpu().ravel().view(torch.uint8).numpy())
-    return total.hexdigest()
-
-
 class Journal:
     """All samples that were ever drawn into a folder: .rows, {a sample's digest: its row}.
 
@@ -252,7 +242,6 @@ class Journal:
 
     def __init__(self, folder):
         self.folder, self.rows = folder, {}
-        folder.mkdir(parents=True, exist_ok=True)
         self.file = config.lock_file(folder / f"journal-{RANK}.jsonl")
         self.file.write("\n")  # a kill may have cut the last line
         self.read()
@@ -303,6 +292,7 @@ def draw_samples(cfg, journal, samples, model, enc, form, settings):
         journal.add({"task_id": p["task_id"], "index": i, "sample": key, "raw": raw, "tokens": new,
                      "flops": flops})
         progress.update()
+        config.adapt_threads()
 
     sample.complete(
         model, enc, form, prompts, batch_size=cfg.decode_batch, on_done=on_done, **settings,
@@ -376,8 +366,9 @@ def judge(cfg, p, row, form):
     if row["raw"] is not None:
         result = run_program(program + "\n", cfg.timeout, cfg.memory_mb, p["tests"], cfg.unsafe)
     return {"sample": row["sample"], "completion": completion, **result._asdict(),
-            # an accident is no verdict: the next run judges it again
-            "verdict": verdict if result.status != "lost" else "",
+            # an accident is no verdict, and a package may come: the next run judges it again
+            "verdict": verdict if result.status != "lost" and not result.message.startswith(
+                "ModuleNotFoundError") else "",
             "parses": parse(source) is not None,
             "lint_clean": not sample.has_errors(source), **counts}
 
@@ -408,20 +399,20 @@ def pass_at_k(n, c, k):
 def score(cfg, rows, name, temperature):
     """One run's figures from its judged samples: pass@k with a standard error over the problems,
     shares and sums."""
-    correct, passes = {}, {}
+    counts, passes = {}, {}
     for row in rows:
-        count = correct.setdefault(str(row["task_id"]), [0, 0])  # samples, passed
+        count = counts.setdefault(str(row["task_id"]), [0, 0])  # samples, passed
         count[0] += 1
         count[1] += row["passed"]
     for k in cfg.ks:
-        if all(k <= n for n, _ in correct.values()):
-            each = [pass_at_k(n, c, k) for n, c in correct.values()]
+        if all(k <= n for n, _ in counts.values()):
+            each = [pass_at_k(n, c, k) for n, c in counts.values()]
             # the sample's standard deviation / sqrt(n)
             error = statistics.pstdev(each) / math.sqrt(max(1, len(each) - 1))
             passes[str(k)] = {"mean": statistics.mean(each), "standard_error": error}
-    return {"model": name, "temperature": temperature, "pass@k": passes,
+    return {"model": name, "temperature": temperature, "benchmark": cfg.benchmark, "pass@k": passes,
             **{key: sum(row.get(key, 0) for row in rows) for key in SUMS}, "samples": len(rows),
-            "status": Counter(row["status"] for row in rows), "correct": correct}
+            "status": Counter(row["status"] for row in rows), "correct": counts}
 
 
 def make_table(runs):
@@ -849,13 +840,13 @@ def read_completions(cfg, journal, problems):
             samples.append((by_id[task], count[task], key))
             if key not in journal.rows:
                 journal.add({"task_id": row["task_id"], "index": count[task], "sample": key,
-                             "raw": completion})
+                             "raw": completion or ""})
             count[task] += 1
         elif not cfg.limit:
             raise ValueError(f"task_id {task!r} is no problem of {cfg.benchmark}")
         return task
 
-    make_of_rows(cfg.completions, add)
+    map_rows(cfg.completions, add)
     if left := len(problems) - len(count):
         say(f"  {left} of {len(problems)} problems have no completion and are left out")
     judge_samples(cfg, journal, samples[RANK::WORLD], None)
@@ -868,17 +859,17 @@ def run_model(cfg, journal, problems, name):
     import torch
     import sample
     if torch.cuda.is_available():
-        torch.cuda.set_device(config.LOCAL_RANK)  # a GPU for each rank
-    model, enc, info = sample.load_model(name, cfg.device, cfg.dtype)
-    form, weights = info["form"], hash_weights(model)
-    say(f"{name}: {model.num_params() / 1e6:.2f}M parameters, {form}, step {info['step']}")
+        torch.cuda.set_device(config.LOCAL_RANK % torch.cuda.device_count())  # each rank its GPU
+    model, enc = sample.load_model(name, cfg.device, cfg.dtype)
+    weights, form = sample.hash_weights(model), model.info["form"]
+    say(f"{name}: {model.num_params() / 1e6:.2f}M parameters, {form}, step {model.info['step']}")
     prompt_is_code = all(p["prefix"] for p in problems)
     stop = () if form != "text" else STOPS if prompt_is_code else STOPS_AFTER_DOCSTRING
     for t in cfg.temperatures:
         for retries in cfg.edit_retries if form == "edits" else (0,):
             settings = {"temperature": t, "top_p": cfg.top_p, "max_new_tokens": cfg.max_new_tokens,
                         "stop": stop, "edit_retries": retries}
-            identity = [weights, info["fingerprint"], form, settings, cfg.seed]
+            identity = [weights, model.info["fingerprint"], form, settings, cfg.seed]
             samples = [(p, i, digest(json.dumps(
                 [identity, p["task_id"], p["text"], p["instruction"], i])))
                        for p in problems for i in range(cfg.num_samples if t else 1)]
@@ -919,11 +910,15 @@ def main():
                                 ("lost", "programs were lost; run this again to judge them")):
             if n := scores[-1]["status"][status]:
                 say(f"{name}: {n} {meaning}: counted as not passed")
-    results = {"benchmark": cfg.benchmark, "python": sys.version, "sandbox": sandbox,
-               "settings": vars(cfg), "runs": scores}
-    config.write_whole(base / "results.json", json.dumps(results, indent=1).encode())
+    path = base / "results.json"
+    old = config.read_json(path)["runs"] if path.exists() else []
+    # what is there of other models, temperatures and problems stays
+    runs = {(run["model"], run["temperature"], *run["correct"]): run for run in old + scores}
+    results = {"python": sys.version, "sandbox": sandbox, "settings": vars(cfg),
+               "runs": [*runs.values()]}
+    config.write_whole(path, json.dumps(results, indent=1).encode())
     say(f"\n{make_table(scores)}\n\npass@k in %, ± a standard error over the problems; "
-        f"{base / 'results.json'}; {time.monotonic() - started:.1f} s in all")
+        f"{path}; {time.monotonic() - started:.1f} s in all")
     for k in {str(k) for k in cfg.ks}.difference(*(run["pass@k"] for run in scores)):
         say(f"pass@{k} takes {k} samples of every problem (--num_samples={k})")
 

@@ -44,7 +44,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
-from pyflakes import checker, messages as m
+from pyflakes import checker, messages
 from pyflakes.checker import Checker, ClassScope, FunctionScope
 
 import config
@@ -63,12 +63,13 @@ class Settings:
     paths = ()  # Python files to show
 
 
-ERRORS = (  # what cannot be compiled, or would raise when it is run
-    m.UndefinedName, m.UndefinedLocal, m.UndefinedExport, m.DuplicateArgument,
-    m.ReturnOutsideFunction, m.YieldOutsideFunction, m.ContinueOutsideLoop, m.BreakOutsideLoop,
-    m.DefaultExceptNotLast, m.TwoStarredExpressions, m.TooManyExpressionsInStarredAssignment,
-    m.ForwardAnnotationSyntaxError, m.LateFutureImport, m.FutureFeatureNotDefined,
-    m.ImportStarNotPermitted, m.InvalidPrintSyntax, m.RaiseNotImplemented)
+# What cannot be compiled, or would raise when it is run
+ERRORS = tuple(getattr(messages, name) for name in """
+    UndefinedName UndefinedLocal UndefinedExport DuplicateArgument ReturnOutsideFunction
+    YieldOutsideFunction ContinueOutsideLoop BreakOutsideLoop DefaultExceptNotLast
+    TwoStarredExpressions TooManyExpressionsInStarredAssignment ForwardAnnotationSyntaxError
+    LateFutureImport FutureFeatureNotDefined ImportStarNotPermitted InvalidPrintSyntax
+    RaiseNotImplemented""".split())
 # No errors:
 #   Unused...                      a program under construction uses its imports and variables later
 #   Redefined..., Import...ByLoop  a second definition is legal, and often meant
@@ -85,10 +86,10 @@ def lint(source):
     """Errors of a program: a list of (line, message), empty if it is clean. SyntaxError or
     ValueError if it does not parse (RecursionError or MemoryError: too deep for the parser)."""
     try:
-        messages = Checker(ast.parse(source), withDoctest=False).messages
+        found = Checker(ast.parse(source), withDoctest=False).messages
     except AttributeError as e:  # `from a import __all__`, then `__all__ += ...`
         raise ValueError(f"pyflakes fails: {e}") from None
-    return sorted((x.lineno, x.message % x.message_args) for x in messages if isinstance(x, ERRORS))
+    return sorted((x.lineno, x.message % x.message_args) for x in found if isinstance(x, ERRORS))
 
 
 # -- A program as a graph of what needs what ------------------------------------------------------
@@ -158,8 +159,11 @@ class Program:
         """Add the statements of a block, which needs one of them, as they need its header."""
         units = []
         for node in block:
-            first = (getattr(node, "decorator_list", None) or [node])[0].lineno - 1
-            while first and self.lines[first - 1].endswith(("\\", "\\\r")):  # a; \ goes on
+            decorators = getattr(node, "decorator_list", None)
+            first = (decorators or [node])[0].lineno - 1
+            # a; \ goes on, a comment's backslash does not; @( may stand above its expression
+            while ((before := self.lines[first - 1]).endswith(("\\", "\\\r"))
+                   and "#" not in before or decorators and "@" not in self.lines[first]):
                 first -= 1
             unit = self.unit_at[first]
             if unit is None:  # else it shares a line: a; b
@@ -254,6 +258,7 @@ class NeedsOfNames(Checker):
         # declares the name, or "export", it is in __all__: checkDeadScopes knows what they need
         self.uses = []
         self.stored = set()  # (scope, name) that a function assigns somewhere
+        self.globals = set()  # (scope, name) that a function declares global
         self.read_outside = defaultdict(list)  # {(scope, name): units that use it before that}
         self.future = []  # the node of `from __future__ import annotations`
         self.without_future = False  # an annotation is looked at as if that had fallen
@@ -284,7 +289,7 @@ class NeedsOfNames(Checker):
                          if not isinstance(s, checker.ComprehensionScope))
         elif isinstance(value, checker.StarImportation):
             value.name = "*"
-        elif getattr(value, "fullName", "") == "__future__.annotations":
+        elif self.annotationsFutureEnabled and not self.future:  # this is that import
             self.future = [unit]
         elif isinstance(value, checker.ExportBinding):
             self.uses += [(unit, "export", (None, name)) for name in value.names]
@@ -320,6 +325,7 @@ class NeedsOfNames(Checker):
             known = module.get(name, Unbound)  # an annotation without a value hides it
             for scope in inner + [module] * (known.bound == known.declared):
                 self.bind(scope, checker.Assignment(name, node), unit)
+                self.globals.add((id(scope), name))
 
     NONLOCAL = GLOBAL
 
@@ -335,6 +341,7 @@ class NeedsOfNames(Checker):
         name, here = checker.getNodeName(node), self.scope
         if not name:
             return
+        unit, key = self.unit_of(node), (id(here), name)
         nodes, declared = [], []  # of the bindings in sight: bound, declared
         sees_class = True  # a class shows its names only to what stands in it directly
         for scope in reversed(self.scopeStack):
@@ -345,9 +352,9 @@ class NeedsOfNames(Checker):
             if name in scope and (sees_class or not in_class):
                 nodes += scope[name].bound
                 declared += scope[name].declared
+                if scope is not here:  # pyflakes takes what an alias stands for as used, too
+                    self.read_outside[id(here), getattr(scope[name], "fullName", "")].append(unit)
             sees_class &= isinstance(scope, (checker.TypeScope, checker.ComprehensionScope))
-        unit = self.unit_of(node)
-        key = id(here), name
         if nodes and not here.get(name, Unbound).bound:
             self.read_outside[key].append(unit)
         # What a handler of NameError covers; what a star may have imported; Python 2's `print >> x`
@@ -369,8 +376,11 @@ class NeedsOfNames(Checker):
     def handleNodeDelete(self, node):
         binding = self.scope.get(node.id)
         super().handleNodeDelete(node)
+        unit = self.unit_of(node)
         if binding and node.id not in self.scope:  # no condition is around it
-            self.uses.append((self.unit_of(node), binding.declared, (None, None)))
+            self.uses.append((unit, binding.declared, (None, None)))
+        if (id(self.scope), node.id) in self.globals:  # set again it is an UndefinedLocal
+            self.program.broken.add(unit)
 
     def handleAnnotation(self, annotation, node):
         if self.annotationsFutureEnabled:  # looked at later; where it stands if that falls
@@ -522,18 +532,12 @@ def apply_edits(text):
 # -- In bulk --------------------------------------------------------------------------------------
 
 def make_rows(job, cfg):
-    """The output rows, as text, of a row of the source, an (index, row); and a tally for the
-    report. A row that is skipped gives the row of the list of those."""
+    """The output rows, as text, of a row of the source, an (index, row or the ValueError that it
+    is); and a tally for the report. A row that is skipped gives the row of the list of those."""
     index, row = job
     try:
-        match row:
-            case ValueError():
-                raise row
-            case {"instruction": str(instruction), "response": str(response)}:
-                rng, paths = random.Random(f"{cfg.seed}/{index}"), []
-            case _:
-                raise ValueError("no texts `instruction` and `response`")
-        tries = 5
+        instruction, response = config.read_pair(row)
+        rng, paths, tries = random.Random(f"{cfg.seed}/{index}"), [], 5
         for _ in range(cfg.samples):
             for _ in range(tries):  # a repeated one is drawn again
                 path = METHODS[cfg.method](response, rng)
@@ -564,53 +568,48 @@ def make_all_rows(jobs, cfg):
             yield from pool.map(make, block, chunksize=16)
 
 
-def read_source(path):
-    """(index, the row or the ValueError that it is) of the source's rows that are this rank's."""
-    return ((n - 1, row) for n, row in config.read_rows(path)
-            if (n - 1) % config.WORLD == config.RANK)
-
-
 def write_edits(cfg):
     """Write the edit sequences of --source to --dest. A state file says up to where both outputs
     are whole: a run that was stopped cuts them back to there, and goes on."""
     from tqdm import tqdm
-    source = Path(cfg.source)
     dest = Path(cfg.dest + f".{config.RANK}-of-{config.WORLD}" * (config.WORLD > 1))
-    settings = [cfg.source, zlib.crc32(source.read_bytes()), cfg.samples, cfg.seed, cfg.method]
-    dest.parent.mkdir(parents=True, exist_ok=True)
+    settings = [cfg.source, zlib.crc32(Path(cfg.source).read_bytes()), cfg.samples, cfg.seed,
+                cfg.method]
     with config.lock_file(dest) as out, open(f"{dest}.skipped.jsonl", "a") as skipped:
         files = out, skipped
         state = Path(f"{dest}.state.json")
         try:
             found = out.tell() or state.exists()
-            was, sizes, counts, *_ = (
-                json.loads(state.read_bytes()) if found else (settings, [0, 0], {}))
+            was, sizes, counts, finished = (
+                json.loads(state.read_bytes()) if found else (settings, [0, 0], {}, False))
             fits = was == settings and all(f.tell() >= size for f, size in zip(files, sizes))
         except Exception:  # missing, broken
             fits = False
         if not fits:
-            config.die(f"{dest} is of other settings, of {source} before it changed, or not as a "
-                       f"run left it (see {state.name}): choose another --dest")
-        for f, size in zip(files, sizes):
-            f.seek(size)
-            f.truncate()
+            config.die(f"{dest} is of other settings, of {cfg.source} before it changed, or not as "
+                       f"a run left it (see {state.name}): choose another --dest")
+        if not finished:
+            for f, size in zip(files, sizes):
+                f.seek(size)
+                f.truncate()
         counts = Counter(counts)
 
         def save(finished=False):  # prepare.py asks whether it is
             sizes = [f.tell() for f in files]  # it flushes
             config.write_whole(state, json.dumps([settings, sizes, counts, finished]).encode())
 
-        done = counts["rows"]
-        rows = make_all_rows(islice(read_source(source), done, None), cfg)
-        for text, tally in tqdm(rows, total=sum(1 for _ in read_source(source)), initial=done,
-                                unit=" programs"):
+        mine = ((n - 1, row) for n, row in config.read_rows(cfg.source)
+                if (n - 1) % config.WORLD == config.RANK)
+        rows = make_all_rows(islice(mine, counts["rows"], None), cfg)
+        for text, tally in tqdm(rows, initial=counts["rows"], unit=" programs"):
             if counts["rows"] % 1000 == 0:
                 save()
             (out if "programs" in tally else skipped).write(text)
             counts.update(tally, rows=1)
         save(finished=True)
     if not counts["programs"] and config.WORLD == 1:
-        config.die(f"{source} holds no program that can be written as edits: see {skipped.name}")
+        config.die(
+            f"{cfg.source} holds no program that can be written as edits: see {skipped.name}")
     print(f"{dest}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
 
 

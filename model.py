@@ -56,7 +56,8 @@ def rotate(x, cos, sin):
 
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions. Another kind of attention: here, its masks
-    in GPT.forward and Decoder.step, its cache's shape in Decoder.__init__."""
+    in GPT.forward and Decoder.step, its cache's shape in Decoder.__init__; what takes qkv for three
+    equal pieces: olmo_names (the files) and train.py's Muon."""
 
     def __init__(self, config):
         super().__init__()
@@ -66,9 +67,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask, cache):
         """x: (B, T, C). rope: cos and sin, (1, T, D) or (B, 1, T, D). mask: (B, 1, T, S), None is
-        causal. cache: None, or (keys_values, slots, positions): this call's are written to
-        keys_values (2, slots, H, S, D) at [:, slots, :, positions]; with a mask, as decoding has,
-        all of the first B slots is attended to."""
+        causal. cache: None, or (keys_values, slots, positions): this call's keys and values are
+        written to keys_values (2, slots, H, S, D) at [:, slots, :, positions]. Prefill (mask None)
+        does no more with it; decoding (a mask) attends to what the first B slots hold."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
@@ -151,10 +152,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = None if config.tied else nn.Linear(
             config.n_embd, config.vocab_size, bias=False)
-        # On the CPU, also under torch.device("meta"): from_checkpoint does not replace the tables
+        # On the CPU, also under torch.device("meta"): from_pretrained does not replace the tables
         half = config.n_embd // config.n_head // 2
         positions = torch.arange(config.block_size, dtype=torch.double, device="cpu")
-        pairs = torch.arange(half, dtype=torch.double, device="cpu")
+        pairs = positions.new_tensor(range(half))
         angles = torch.outer(positions, config.rope_theta ** (-pairs / half))  # (T, D / 2)
         cos, sin = angles.cos().float(), angles.sin().float()
         self.register_buffer("cos", torch.cat((cos, cos), 1), persistent=False)  # (T, D)
@@ -263,7 +264,7 @@ class GPT(nn.Module):
                     return False
                 if len(row.new) == row.max_new or stop and stop(row.new):
                     return True
-                if checked and row.temperature != temperature:  # as the chunk's rest was drawn
+                if checked and row.temperature != temperature:  # the chunk's rest was drawn so, too
                     row.temperature = temperature
                     return False
 
@@ -292,9 +293,8 @@ class GPT(nn.Module):
         from safetensors.torch import save
         c, folder = self.config, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = OLMO | {theirs: getattr(c, ours) for ours, theirs in OLMO_SHAPE.items()} | dict(
+        config = OLMO | {theirs: getattr(c, ours) for ours, theirs in OLMO_NAMES.items()} | dict(
             architectures=["OlmoForCausalLM"], num_key_value_heads=c.n_head,
-            rope_theta=c.rope_theta, tie_word_embeddings=c.tied,
             pad_token_id=None, eos_token_id=None,
             torch_dtype=str(self.wte.weight.dtype).split(".")[1]) | extra
         state, tensors = self.state_dict(), {}
@@ -309,35 +309,19 @@ class GPT(nn.Module):
     def from_pretrained(cls, name):
         """A model from a folder or the Hugging Face hub ("upiter/TinyCodeLM-150M"): our own
         `ckpt.pt`, or config.json with model.safetensors or pytorch_model.bin, whole or in shards
-        with an index; float32 or bfloat16, which it keeps. OSError or ValueError, one line, where
-        that fails."""
+        with an index; float32 or bfloat16, which it keeps. Its `.info` says what it was trained
+        on: form, tokenizer, step, ... OSError or ValueError, one line, where that fails."""
         folder = find_pretrained(name)
-        if (folder / "ckpt.pt").is_file():
-            return cls.from_checkpoint(load_file(folder / "ckpt.pt"))
-        config, tensors = read_olmo_config(folder), load_tensors(folder)
-        head = tensors.get("lm_head.weight")
-        if head is not None:  # some files hold a tied one twice
-            config.tied |= torch.equal(head, tensors.get("model.embed_tokens.weight", head))
-        if config.tied:
-            tensors.pop("lm_head.weight", None)
-        names = olmo_names(config)
-        wrong = set(tensors) ^ set(sum(names.values(), ()))
-        if wrong:
-            raise ValueError(f"{folder}: missing or unknown: {', '.join(sorted(wrong)[:9])}")
-        state = {ours: torch.cat([tensors[name] for name in theirs])
-                 for ours, theirs in names.items()}
-        return cls.from_checkpoint({"config": vars(config), "model": state})
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint):
-        """A model from what train.py saves: a dict with `config` (GPTConfig's fields) and `model`
-        (a state dict), whose dtype it keeps. ValueError where these are missing or do not fit."""
+        ckpt = folder / "ckpt.pt"
+        saved = load_file(ckpt) if ckpt.is_file() else read_olmo(folder)
         try:
             with torch.device("meta"):  # no time spent on weights that are replaced at once
-                model = cls(GPTConfig(**checkpoint["config"]))
-            model.load_state_dict(checkpoint["model"], assign=True)
+                model = cls(GPTConfig(**saved["config"]))
+            model.load_state_dict(saved["model"], assign=True)
+            model.info = saved["meta"] | {key: saved.get(key) for key in ("step", "settings")}
         except Exception as e:  # whatever is in it
-            raise ValueError(f"the weights are not those of its config: {one_line(e)}") from None
+            raise ValueError(
+                f"{folder}: the weights are not those of its config: {one_line(e)}") from None
         return model
 
 
@@ -453,9 +437,10 @@ def sample_tokens(logits, temperatures, top_p, u):
 # -- Files of weights ------------------------------------------------------------------------------
 
 # What config.json calls GPTConfig's fields, and what it must say of the rest.
-OLMO_SHAPE = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
+OLMO_NAMES = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
               "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-              "n_embd": "hidden_size", "n_hidden": "intermediate_size"}
+              "n_embd": "hidden_size", "n_hidden": "intermediate_size",
+              "rope_theta": "rope_theta", "tied": "tie_word_embeddings"}
 OLMO = {"model_type": "olmo", "hidden_act": "silu", "attention_bias": False, "clip_qkv": None}
 
 
@@ -521,18 +506,30 @@ def load_tensors(folder):
     raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
-def read_olmo_config(folder):
-    """The GPTConfig of an OLMo model's config.json; ValueError on what ours cannot compute."""
+def read_olmo(folder):
+    """The files of Hugging Face's OlmoForCausalLM as train.py saves a model; ValueError on what
+    ours cannot compute."""
     path = folder / "config.json"
-    hf = load_file(path)
+    hf = {"rope_theta": 10000.0, "tie_word_embeddings": False} | load_file(path)
     hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     fixed = OLMO | {"num_key_value_heads": hf.get("num_attention_heads"), "rope_type": "default",
                     "type": "default"}  # rope_type's older name
     wrong = [f"{key}={hf[key]!r}" for key in fixed if hf.get(key) not in (None, fixed[key])]
-    wrong += [f"{key}={hf.get(key)!r}" for key in OLMO_SHAPE.values()
-              if not isinstance(hf.get(key), int)]
+    wrong += [f"{key}={hf.get(key)!r}" for key in OLMO_NAMES.values()
+              if not isinstance(hf.get(key), (int, float))]
     if wrong:
         raise ValueError(f"{path}: not supported: {', '.join(wrong)}")
-    return GPTConfig(**{ours: hf[theirs] for ours, theirs in OLMO_SHAPE.items()},
-                     rope_theta=hf.get("rope_theta", 10000.0),
-                     tied=hf.get("tie_word_embeddings", False))
+    config = GPTConfig(**{ours: hf[theirs] for ours, theirs in OLMO_NAMES.items()})
+    tensors = load_tensors(folder)
+    head = tensors.get("lm_head.weight")
+    if head is not None:  # some files hold a tied one twice
+        config.tied |= torch.equal(head, tensors.get("model.embed_tokens.weight", head))
+    if config.tied:
+        tensors.pop("lm_head.weight", None)
+    names = olmo_names(config)
+    wrong = set(tensors) ^ set(sum(names.values(), ()))
+    if wrong:
+        raise ValueError(f"{folder}: missing or unknown: {', '.join(sorted(wrong)[:9])}")
+    state = {ours: torch.cat([tensors[name] for name in theirs]) for ours, theirs in names.items()}
+    return {"config": vars(config), "model": state, "step": 0, "meta": {
+        "form": hf.get("form"), "tokenizer": str(folder / "tokenizer.json")}}

@@ -19,6 +19,7 @@ Left out: downloading and tokenizing at once, data that is not on a shared file 
 import ast
 import base64
 import glob
+import io
 import itertools
 import json
 import os
@@ -46,14 +47,14 @@ DATA, SPLITS = Path("data"), ("train", "val")
 
 
 class Settings:
-    dataset = "demo"  # the folder under data/ that is written
+    dataset = "pretrain"  # the folder under data/ that is written
     tokenizer = "p50k_base"  # tiktoken's name, a .tiktoken file (trained if missing), a hub's model
     bpe_size: (256, 65_534) = 1024  # entries of a tokenizer that is trained here
     corpora = ()  # stdlib, fineweb, the-stack (the-stack:9: 9 files), files, folders of files
     instruct = ()  # stdlib, family, magicoder, starcoder2, files with `instruction`, `response`
     source = ""  # the JSONL of instruction and response that `instruct` becomes, for lintseq.py
     dest = ""  # the JSONL of edit sequences that lintseq.py writes
-    form: Literal["", "edits", "programs"] = ""  # make examples: of dest, or of source
+    form: Literal["", "edits", "programs"] = ""  # examples instead of text: of dest, or of source
     benchmark = "data/problems.jsonl"  # where the family's held-out problems go, for evaluate.py
     family_size = 10_000  # problems of the demo's family to train on
     family_heldout = 200  # and held out
@@ -85,9 +86,10 @@ BYTES = {letter: b for b, letter in LETTERS.items()}
 
 def get_tokenizer(name):
     """A tiktoken.Encoding with the special tokens <|endoftext|> and <|diff|>, from the name of one
-    of tiktoken's own encodings (fetched by tiktoken on first use) or a .tiktoken file: a line per
-    token, base64 and rank. Or a PublishedTokenizer, as it is: from a tokenizer.json, or the name of
-    a model on the Hugging Face hub. OSError or ValueError if there is none."""
+    of tiktoken's own encodings (fetched by tiktoken on first use) or a .tiktoken file that
+    train_tokenizer wrote (it splits by PATTERN): a line per token, base64 and rank. Or a
+    PublishedTokenizer, as it is: from a tokenizer.json, or the name of a model on the Hugging Face
+    hub. OSError or ValueError if there is none."""
     if "/" in name and not name.endswith((".tiktoken", ".json")):
         name = ask_hub("hf_hub_download", name, "tokenizer.json")
     if name.endswith(".json"):
@@ -161,8 +163,10 @@ def train_tokenizer(path, texts, size):
     import rustbpe
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(texts, size, pattern=PATTERN)
-    lines = (f"{base64.b64encode(bytes(token)).decode()} {rank}\n"
-             for token, rank in bpe.get_mergeable_ranks())
+    ranks = bpe.get_mergeable_ranks()
+    if len(ranks) == 256 < size:
+        die("no text to train a tokenizer on")
+    lines = (f"{base64.b64encode(bytes(token)).decode()} {rank}\n" for token, rank in ranks)
     write_whole(path, "".join(lines).encode())
 
 
@@ -175,9 +179,8 @@ def tokenizer_texts(cfg):
         yield from (text for _, text in read_documents(corpus) if low <= hash_text(text) < high)
     for n, row in config.read_rows(cfg.source) if Path(cfg.source).is_file() else ():
         try:
-            instruction, response = read_pair(row)
+            instruction, response = config.read_pair(row)
             yield instruction
-            # read_rows counts from 1, lintseq.py from 0
             yield "\n".join(lintseq.lintseq(response, random.Random(n - 1)))
         except Exception:  # no pair, no Python, too deep for the parser: lintseq.py lists them
             pass
@@ -196,6 +199,7 @@ def make_tokenizer(cfg):
             raise ValueError(f"it has {enc.n_vocab:,} entries, and a bin holds numbers of 16 bits")
     except (OSError, ValueError) as e:
         die(f"tokenizer={cfg.tokenizer}: {e}")
+    say(f"  tokenizer {cfg.tokenizer}: {enc.n_vocab:,} entries")
     return enc
 
 
@@ -452,7 +456,7 @@ def plan_shards(corpora):
     return shards
 
 
-def start_tokenizing(tokenizer):
+def set_worker_tokenizer(tokenizer):
     """What each worker does first."""
     global _enc
     _enc = get_tokenizer(tokenizer)
@@ -471,10 +475,12 @@ def tokenize_shard(report, spans, val_fraction):
             continue
         held_out = hash_text(text) < val_fraction
         for part in PARTS.findall(text):
-            np.array(_enc.encode_ordinary(part), "<u2").tofile(files[held_out])
-        np.array(_enc.eot_token, "<u2").tofile(files[held_out])
+            # not numpy's tofile, which passes over what a full disk did not take
+            array("H", _enc.encode_ordinary(part)).tofile(files[held_out])
+        array("H", [_enc.eot_token]).tofile(files[held_out])
         counts[held_out] += 1
     for file in files:
+        file.flush()
         os.fsync(file.fileno())
         file.close()
     write_whole(report, json.dumps([names, counts, skipped]).encode())
@@ -485,13 +491,15 @@ def write_bins(folder, enc, cfg):
     own until all are done: shard i is rank i % WORLD's, and the bins are the shards in their order,
     whoever made them, and however often the run was killed."""
     sizes, shards = zip(*plan_shards(cfg.corpora))
-    plan = json.dumps([fingerprint(enc), cfg.val_fraction, shards])
+    plan = json.dumps([fingerprint(enc), cfg.val_fraction, sizes, shards] + [
+        # of several machines each may have a copy of its own, with other times
+        os.path.getmtime(path) for spans in shards for path, *_ in spans if WORLD == 1])
     shards_folder = folder / f"shards-{digest(plan)}"
     reports = [shards_folder / f"{i:06}.json" for i in range(len(shards))]
     # shards and bins are two copies for a while: of two bytes for each four of text, or less
     check_disk_space(shards_folder, f"tokens, {len(shards)} shards",
                      sum(size for size, path in zip(sizes, reports) if not path.is_file()))
-    with config.start_pool(cfg.workers, start_tokenizing, cfg.tokenizer) as pool:
+    with config.start_pool(cfg.workers, set_worker_tokenizer, cfg.tokenizer) as pool:
         my_shards = slice(RANK, None, WORLD)
         jobs = pool.map(tokenize_shard, reports[my_shards], shards[my_shards],
                         [cfg.val_fraction] * len(shards))
@@ -519,7 +527,7 @@ def join_shards(folder, enc, cfg, shards):
               "held out")
         counts = [sum(counts), 0]
         for bin_path, part in zip(bin_paths, np.split(tokens, [-n])):
-            part.tofile(bin_path)
+            bin_path.write_bytes(part)
     write_meta(folder, enc, cfg, cfg.corpora, "documents", counts, sum(skipped, []))
 
 
@@ -571,23 +579,8 @@ def extract_code(text):
 FIELDS = {"edits": ("source_instruction", "edit_path"), "magicoder": ("problem", "solution")}
 
 
-def read_pair(row, kind=""):
-    """(instruction, response) of a row, the response a text or, of edits, a list of texts;
-    ValueError, with the reason, where it has none."""
-    if isinstance(row, ValueError):
-        raise row
-    fields = FIELDS.get(kind, ("instruction", "response"))
-    instruction, response = map(row.get, fields)
-    texts = response if kind == "edits" else [response]
-    if not (isinstance(instruction, str) and isinstance(texts, list) and response
-            and all(isinstance(text, str) for text in texts)):
-        raise ValueError(f"no {' and '.join(fields)}")
-    return instruction, response
-
-
-def read_hub_pair(row, name):
-    """read_pair for Magicoder's and StarCoder2's rows: Python only, without its Markdown."""
-    instruction, response = read_pair(row, name)
+def clean_hub_pair(row, instruction, response):
+    """The pair of Magicoder's or StarCoder2's row: Python only, without its Markdown."""
     if row.get("lang", "python") != "python":
         raise ValueError("of another language")
     if not (code := extract_code(response)):
@@ -596,12 +589,12 @@ def read_hub_pair(row, name):
 
 
 def instruct_rows(name, cfg):
-    """(number, row) of one of cfg.instruct, for read_pair."""
+    """(number, row) of one of cfg.instruct, for config.read_pair."""
     if name == "stdlib":
         return enumerate(_demo_problems.stdlib_pairs())
     if name == "family":
         pairs, problems = _demo_problems.family(cfg.family_size, cfg.family_heldout, cfg.seed)
-        write_jsonl(cfg.benchmark, problems)
+        _demo_problems.write_benchmark(cfg.benchmark, problems)
         return enumerate(pairs)
     paths = download_dataset(name) if name in HUB else [name]
     return (row for path in paths for row in config.read_rows(path))
@@ -667,7 +660,9 @@ def write_instruct(cfg):
                        "near duplicate": near_duplicate_test()}
         for n, row in tqdm(instruct_rows(name, cfg), name):
             try:
-                instruction, response = read_hub_pair(row, name) if name in HUB else read_pair(row)
+                instruction, response = config.read_pair(row, *FIELDS.get(name, ()))
+                if name in HUB:
+                    instruction, response = clean_hub_pair(row, instruction, response)
                 if response in pairs:
                     raise ValueError("repeated response")
                 for reason, is_unwanted in filters.items():
@@ -702,7 +697,7 @@ def write_examples(folder, enc, cfg, path):
     splits, skipped = [(array("H"), []) for _ in SPLITS], []  # tokens, where each example begins
     for n, row in tqdm(config.read_rows(path), "tokenizing"):
         try:
-            instruction, answer = read_pair(row, cfg.form)
+            instruction, answer = config.read_pair(row, *FIELDS.get(cfg.form, ()))
             prompt, response = encode_example(enc, cfg.form, instruction, answer)
             if len(prompt + response) > cfg.max_tokens:
                 raise ValueError(f"longer than {cfg.max_tokens} tokens")
@@ -713,7 +708,9 @@ def write_examples(folder, enc, cfg, path):
             skipped.append([f"{path}:{n}", str(e)])
     for split, (tokens, starts) in zip(SPLITS, splits):
         (folder / f"{split}.bin").write_bytes(tokens)
-        np.save(folder / f"{split}.examples.npy", np.array(starts, np.int64).reshape(-1, 2))
+        table = io.BytesIO()
+        np.save(table, np.array(starts, np.int64).reshape(-1, 2))
+        (folder / f"{split}.examples.npy").write_bytes(table.getbuffer())
     write_meta(folder, enc, cfg, [path], "examples", [len(starts) for _, starts in splits], skipped)
 
 
@@ -740,34 +737,35 @@ def tokenizer_json(enc):
 def export(cfg):
     """A checkpoint as a folder that Hugging Face's libraries load: weights, config, tokenizer and a
     model card."""
-    from model import GPT, load_file, one_line
+    from model import GPT, one_line
     try:
-        checkpoint = load_file(Path(cfg.export, "ckpt.pt"))
-        meta, model = checkpoint["meta"], GPT.from_checkpoint(checkpoint)
-        enc = get_tokenizer(meta["tokenizer"])
+        model = GPT.from_pretrained(cfg.export)
+        enc = get_tokenizer(model.info["tokenizer"])
     except Exception as e:
         die(f"--export={cfg.export}: its ckpt.pt, or the tokenizer in that, cannot be read: "
             f"{one_line(e)}")
-    if fingerprint(enc) != meta["fingerprint"]:
-        die(f"{cfg.export} was trained with another {meta['tokenizer']}: put the old file back")
+    info = model.info
+    if fingerprint(enc) != info.get("fingerprint"):
+        die(f"{cfg.export} was trained with another {info['tokenizer']}: put the old file back")
     folder = Path(cfg.export) / "hf"
-    model.save_pretrained(folder, eos_token_id=enc.eot_token, form=meta["form"])
+    model.save_pretrained(folder, eos_token_id=enc.eot_token, form=info["form"])
     write_whole(folder / "tokenizer.json", tokenizer_json(enc).encode())
     write_whole(folder / "tokenizer_config.json", json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
          "eos_token": EOT, "model_max_length": model.config.block_size}).encode())
-    write_whole(folder / "README.md", model_card(cfg, checkpoint, model).encode())
-    print(f"prepare.py: {folder}: {model.num_params():,} parameters, step {checkpoint['step']:,}")
+    write_whole(folder / "README.md", model_card(cfg, model).encode())
+    print(f"prepare.py: {folder}: {model.num_params():,} parameters, step {info['step']:,}")
 
 
-def model_card(cfg, checkpoint, model):
+def model_card(cfg, model):
     """The model's README.md: what it reads and writes, a warning, its scores, its configuration."""
     name, scores = Path(cfg.export).name, []
     for path in sorted(Path(cfg.results).rglob("results.json")):  # a folder a benchmark
         try:
             results = json.loads(path.read_text())
-            scores += [f"- {Path(results['benchmark']).stem}, temperature {run['temperature']}: "
-                       f"pass@{k} {100 * score['mean']:.1f} ± {100 * score['standard_error']:.1f}"
+            scores += [f"- {Path(run['benchmark']).stem}, {len(run['correct'])} problems, "
+                       f"temperature {run['temperature']}: pass@{k} {100 * score['mean']:.1f} ± "
+                       f"{100 * score['standard_error']:.1f}"
                        for run in results["runs"] if Path(run["model"]).name == name
                        for k, score in run["pass@k"].items()]
         except Exception:
@@ -776,8 +774,8 @@ def model_card(cfg, checkpoint, model):
     reads = {"edits": f"an instruction, a new line and `{DIFF}`, and writes a sequence of edits "
                       "(diffs) that put the program together",
              "programs": "an instruction and a new line, and writes a program",
-             "text": "text and code, and continues it"}[checkpoint["meta"]["form"]]
-    settings = checkpoint["config"] | checkpoint.get("settings", {})
+             "text": "text and code, and continues it"}[model.info["form"]]
+    settings = (model.info["settings"] or {}) | vars(model.config)
     settings = "\n".join(f"{key} = {value!r}" for key, value in settings.items())
     return f"""---
 library_name: transformers
@@ -787,7 +785,7 @@ tags: [code, lintseq]
 # {name}
 
 A TinyCodeLM (LintSeq, arXiv 2410.02749) of {model.num_params():,} parameters after
-{checkpoint['step']:,} steps, architecture `OlmoForCausalLM`. It reads {reads}.
+{model.info['step']:,} steps, architecture `OlmoForCausalLM`. It reads {reads}.
 
 **Programs written by a model must not be run without precautions**: they can be wrong or harmful.
 Read them, and run them in a sandbox without rights, files or network. A model this small makes
@@ -815,9 +813,9 @@ def main():
         die("nothing to prepare: give a config file, as in python prepare.py config/demo.py, or "
             "--corpora=… (files of text), or --instruct=… with --source=…; --help lists all", 2)
     folder = DATA / cfg.dataset
-    folder.mkdir(parents=True, exist_ok=True)
     lock = config.lock_file(folder / f".lock{RANK}")  # noqa: F841  held to the end
-    if cfg.instruct and Path(cfg.source).is_file():
+    written = [cfg.source] + [cfg.benchmark] * ("family" in cfg.instruct)
+    if cfg.instruct and all(map(os.path.isfile, written)):
         say(f"{cfg.source} is there already; delete it to make it anew")
     elif cfg.instruct and RANK == 0:
         write_instruct(cfg)

@@ -8,6 +8,7 @@ The program goes to standard output or --out, what the model wrote (the edits, i
 terminal) to standard error. Nothing that a model writes is run here. Left out: chat, and prompts
 longer than the model's block_size.
 """
+import hashlib
 import os
 import re
 import sys
@@ -27,7 +28,7 @@ class Settings:
     prompt = ""  # the instruction; empty: standard input, if piped in, else the benchmark's first
     benchmark = "data/demo-problems.jsonl"  # whose first instruction stands in for a prompt
     out = ""  # write the program to this file (with --num_samples=3: f.py, f-1.py, f-2.py)
-    num_samples: (1,) = 1  # programs to write, with seeds seed, seed + 1, ...
+    num_samples: (1,) = 1  # programs to write, with seeds seed, seed + 1, ... (temperature 0: one)
     max_new_tokens: (1,) = 512  # of a sample, at most
     temperature = 0.0  # 0 takes the likeliest token; the paper samples with 1 and top_p 0.95
     top_p: (0, 1) = 0.95  # nucleus
@@ -46,34 +47,26 @@ def find_checkpoint():
     """The folder of the out*/ckpt.pt that was written last, or one line on how to get one."""
     newest = max(Path().glob("out*/ckpt.pt"), key=os.path.getmtime, default=None)
     return str(newest.parent) if newest else die(
-        "no checkpoint (out*/ckpt.pt) yet: `make demo` trains one in ten minutes, "
+        "no checkpoint (out*/ckpt.pt) yet: `make demo` trains some, "
         "or name a folder or a Hugging Face model with --init_from")
 
 
 def load_model(init_from, device="auto", dtype="auto"):
-    """(model on the device, its tokenizer, info: form, step, tokenizer, ...).
+    """(model on the device, its tokenizer); model.info holds its form, step, tokenizer, ...
 
     init_from: a folder with ckpt.pt (the tokenizer must be the one it was trained with) or a
     Hugging Face model, whose form is "form" in its config.json, else what its name says: edits for
     "LintSeq", programs for another "Instruct". SystemExit with one line if it cannot be had."""
     import torch  # here: --help and a wrong key need not wait for it
-    from model import GPT, find_pretrained, load_file, one_line
-    if device == "auto":
-        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    from model import GPT, one_line
+    device = config.pick_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     try:
-        folder = find_pretrained(init_from)
-        if (folder / "ckpt.pt").is_file():
-            checkpoint = load_file(folder / "ckpt.pt")
-            model = GPT.from_checkpoint(checkpoint)
-            info = checkpoint["meta"] | {"step": checkpoint["step"]}
-        else:
-            model = GPT.from_pretrained(folder)
-            name = Path(init_from).name.lower()
-            form = "edits" if "lintseq" in name else "programs" if "instruct" in name else "text"
-            info = {"form": load_file(folder / "config.json").get("form", form), "step": 0,
-                    "tokenizer": str(folder / "tokenizer.json")}
+        model = GPT.from_pretrained(init_from)
+        name, info = Path(init_from).name.lower(), model.info
+        info["form"] = info["form"] or (
+            "edits" if "lintseq" in name else "programs" if "instruct" in name else "text")
         model = model.to(device, getattr(torch, dtype)).eval()
         enc = prepare.get_tokenizer(info["tokenizer"])
         if enc.n_vocab > model.config.vocab_size:
@@ -82,14 +75,25 @@ def load_model(init_from, device="auto", dtype="auto"):
         if not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError("its weights are not all finite: take an earlier checkpoint")
     except Exception as e:  # whatever is in the files
-        torn, best = "ckpt.pt cannot be read" in str(e), Path(init_from, "best.pt")
-        advice = f"; put {best} in its place" if torn and best.is_file() else ""
-        die(f"{init_from} on {device}: {one_line(e)}{advice}")
+        best = Path(init_from, "best.pt")
+        torn = "ckpt.pt cannot be read" in str(e) and best.is_file()
+        die(f"{init_from} on {device}: {one_line(e)}" + f"; put {best} in its place" * torn)
     found = prepare.fingerprint(enc)
     if info.setdefault("fingerprint", found) != found:  # a published model's file has none
         die(f"{init_from} was trained with another {info['tokenizer']} (its fingerprint is "
             f"{info['fingerprint']}, this one's {found}): put the old file back, or train again")
-    return model, enc, info
+    return model, enc
+
+
+def hash_weights(model):
+    """A digest of what was really read: each parameter's name, type, kind of device and bytes, and
+    the shape of the model. Half a second for 150M."""
+    import torch
+    total = hashlib.sha256(str(model.config).encode())
+    for name, x in model.state_dict().items():
+        total.update(f"{name} {x.dtype} {x.device.type}".encode())
+        total.update(x.cpu().ravel().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def decode(enc, tokens):
@@ -231,11 +235,11 @@ def make_display(coloured):
 
 def main():
     cfg = config.load(Settings)
-    model, enc, info = load_model(
+    model, enc = load_model(
         cfg.init_from or cfg.out_dir or find_checkpoint(), cfg.device, cfg.dtype)
-    form, coloured = info["form"], sys.stderr.isatty()
+    form, coloured = model.info["form"], sys.stderr.isatty()
     prompt = find_prompt(cfg, form)
-    for n in range(cfg.num_samples):
+    for n in range(cfg.num_samples if cfg.temperature else 1):
         note(f"# {prompt}")
         raw, = complete(model, enc, form, [prompt], max_new_tokens=cfg.max_new_tokens,
                         temperature=cfg.temperature, top_p=cfg.top_p, seeds=[cfg.seed + n],

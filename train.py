@@ -5,9 +5,9 @@
     python train.py --plot=loss.png out/log.jsonl out-muon/log.jsonl # the curves of runs
 
 Reads data/<dataset>/ (prepare.py), writes out_dir/ckpt.pt (the last state, to go on from), best.pt
-(the lowest validation loss, without the optimizer's state; none without validation data) and
-log.jsonl. Run the same command again and it goes on where it stopped, with the settings it is given
-now; Ctrl-C and SIGTERM save first.
+(the lowest validation loss, without the optimizer's state; none without validation data; to sample
+from it, copy it as ckpt.pt into a folder of its own) and log.jsonl. Run the same command again and
+it goes on where it stopped, with the settings it is given now; Ctrl-C and SIGTERM save first.
 
 Every epoch visits every row once, in an order that depends on the seed and the step alone: not on
 ranks, nor on restarts. Nothing else is drawn after the first weights, so a checkpoint holds no
@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -40,7 +39,7 @@ import torch.distributed as dist
 # hold the process group, whose threads then abort the end of Python
 import torch.distributed.nn
 
-from model import GPT, GPTConfig, find_pretrained, one_line
+from model import GPT, GPTConfig, one_line
 
 DATA = Path("data")
 
@@ -64,7 +63,7 @@ class Settings:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the blocks' matrices; AdamW the rest
     learning_rate = 6e-4  # the highest, after the warm-up
     muon_lr = 0.02  # the same for Muon's matrices
-    min_lr: (0, 1) = 0.1  # where the decay ends, as a fraction of learning_rate
+    min_lr_ratio: (0, 1) = 0.1  # where the decay ends, as a fraction of learning_rate
     decay: Literal["cosine", "linear"] = "cosine"  # of the learning rate, after the warm-up
     warmup_iters = 2000  # steps of linear warm-up
     weight_decay = 0.1  # decoupled, on every matrix (there is nothing else)
@@ -87,9 +86,7 @@ class Settings:
 
 def join_ranks(cfg):
     """Meet the other ranks; the device of this one."""
-    name = cfg.device
-    if name == "auto":
-        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    name = config.pick_device(cfg.device)
     try:
         device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
         torch.zeros(1, device=device)
@@ -279,7 +276,7 @@ def read_meta(folder):
             "it again")
 
 
-def open_rows(folder, form, cfg):
+def make_rows(folder, form, cfg):
     """Training and validation rows; says what they are."""
     kind = TextRows if form == "text" else ExampleRows
     train_rows, val_rows = (kind(folder, split, cfg) for split in ("train", "val"))
@@ -294,9 +291,11 @@ def open_rows(folder, form, cfg):
 
 # -- The model and the optimizer -------------------------------------------------------------------
 
-def make_model(cfg, meta):
+def make_model(cfg, meta, checkpoint):
     """The model to begin with, float32: new, or `pretrained`, in whose tokenizer the data must
-    be."""
+    be. Where the run goes on from a checkpoint its weights come from there."""
+    if cfg.pretrained and checkpoint:
+        return GPT(GPTConfig(**checkpoint["config"]))
     if not cfg.pretrained:
         try:
             vocab_size = 64 * math.ceil(meta["vocab_size"] / 64)
@@ -304,14 +303,11 @@ def make_model(cfg, meta):
         except ValueError as e:
             die(e)
     try:
-        folder = find_pretrained(cfg.pretrained)
-        if (folder / "ckpt.pt").exists():
-            checkpoint = read_checkpoint(folder / "ckpt.pt")
-            model, theirs = GPT.from_checkpoint(checkpoint), checkpoint["meta"]["fingerprint"]
-        else:
+        model = GPT.from_pretrained(cfg.pretrained)
+        theirs = model.info.get("fingerprint")
+        if not theirs:  # a published model
             import prepare
-            model = GPT.from_pretrained(folder)
-            theirs = prepare.fingerprint(prepare.get_tokenizer(str(folder / "tokenizer.json")))
+            theirs = prepare.fingerprint(prepare.get_tokenizer(model.info["tokenizer"]))
     except Exception as e:  # whatever is in the files
         die(f"pretrained={cfg.pretrained}: {one_line(e)}")
     if theirs != meta["fingerprint"]:
@@ -377,12 +373,12 @@ def make_optimizers(model, cfg, saved=()):
 
 def learning_rate_scale(step, max_iters, cfg):
     """The learning rate at a step as a fraction of its peak: linear warm-up, then cosine or linear
-    down to min_lr. Another schedule is another function of step / max_iters here."""
+    down to min_lr_ratio. Another schedule: a word in Settings.decay, a function of `done` here."""
     if step < cfg.warmup_iters:
         return (step + 1) / cfg.warmup_iters
     done = (step - cfg.warmup_iters) / (max_iters - cfg.warmup_iters)
-    left = 1 - done if cfg.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return cfg.min_lr + (1 - cfg.min_lr) * left
+    left = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.decay]
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left
 
 
 def set_learning_rates(optimizers, scale, cfg):
@@ -509,17 +505,16 @@ def main():
 
     # data, model and optimizer: new, from pretrained weights, or from this run's own checkpoint
     out, ckpt = Path(cfg.out_dir), Path(cfg.out_dir, "ckpt.pt")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = config.lock_file(out / f"lock{RANK or ''}")  # noqa: F841  held to the end
+    lock = config.lock_file(out / f".lock{RANK}")  # noqa: F841  held to the end
     meta = read_meta(DATA / cfg.dataset)
-    model = make_model(cfg, meta)
+    checkpoint = read_checkpoint(ckpt) if ckpt.exists() else {}
+    model = make_model(cfg, meta, checkpoint)
     cfg.block_size = min(cfg.block_size, model.config.block_size)
-    train_rows, val_rows = open_rows(DATA / cfg.dataset, meta["form"], cfg)
+    train_rows, val_rows = make_rows(DATA / cfg.dataset, meta["form"], cfg)
     max_iters = cfg.max_iters or math.ceil(train_rows.count(cfg.epochs) / cfg.batch_size)
     run = {"config": asdict(model.config), "meta": meta, "order": {k: getattr(cfg, k) for k in (
         "batch_size", "block_size", "seed", "optimizer", "dataset")}}  # what must stay as it was
     step, best, last_eval = 0, math.inf, -1
-    checkpoint = read_checkpoint(ckpt) if ckpt.exists() else {}
     if checkpoint:
         check_same_run(ckpt, checkpoint, run)
         model.load_state_dict(checkpoint.pop("model"))
@@ -534,14 +529,15 @@ def main():
     compiled = cfg.compile == "yes" or cfg.compile == "auto" and device.type == "cuda"
     forward = torch.compile(model) if compiled else model
     # batch_size rows a step = ranks * accumulated passes * rows a pass (the last may have fewer)
-    rows = min(cfg.micro_batch, cfg.batch_size // WORLD)
-    passes, step_tokens = math.ceil(cfg.batch_size / WORLD / rows), cfg.batch_size * cfg.block_size
+    pass_rows = min(cfg.micro_batch, cfg.batch_size // WORLD)
+    passes = math.ceil(cfg.batch_size / WORLD / pass_rows)
+    step_tokens = cfg.batch_size * cfg.block_size
     say(f"{model.num_params() / 1e6:.2f}M parameters, {cfg.block_size} tokens a row, "
-        f"{step_tokens:,} a step ({WORLD} x {passes} x {rows} rows), {max_iters:,} steps, "
+        f"{step_tokens:,} a step ({WORLD} x {passes} x {pass_rows} rows), {max_iters:,} steps, "
         f"{device}, {dtype}")
     if cfg.warmup_iters >= max_iters:
         say(f"warmup_iters={cfg.warmup_iters:,}: the learning rate rises until the run ends")
-    log = open_log(out / "log.jsonl", step or -1) if RANK == 0 else None
+    log = open_log(out / "log.jsonl", step if checkpoint else -1) if RANK == 0 else None
     tracker = None
     if cfg.wandb and RANK == 0:
         import wandb
@@ -579,6 +575,7 @@ def main():
         if step == max_iters:
             break
 
+        config.adapt_threads()
         begun = time.time()
         # over all ranks: the targets of this step, and who was asked to stop, which ends them all
         counts = torch.tensor([sum(n for _, n in batches), len(stop)])
@@ -636,24 +633,9 @@ def plot_logs(paths, png):
             plt.plot([x["tokens"] for x in at], [x[key] for x in at], label=f"{path}: {key}")
     plt.xlabel("tokens")
     plt.legend()
-    plt.savefig(png)
+    plt.savefig(png, format="png")
     print(png)
 
 
-FAULTS = {  # what a RuntimeError says of what a user can mend: how
-    "out of memory|allocate memory":
-        "out of memory: halve --micro_batch (it changes no result), or take a smaller model",
-    "index out of range|out of bounds|device-side assert":
-        "the data holds numbers that its meta.json's vocab_size does not: prepare it again",
-    "No working C": "torch.compile wants a C++ compiler (g++): install one, or --compile=no",
-    "by peer|Broken pipe|imed out":
-        "another rank has ended: the same command goes on from the last save"}
-
 if __name__ == "__main__":
-    try:
-        config.run(main)
-    except (RuntimeError, IndexError) as e:
-        for pattern, line in FAULTS.items():
-            if re.search(pattern, str(e)):
-                die(line)
-        raise
+    config.run(main)

@@ -43,10 +43,11 @@ from typing import get_args
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 2 ** 31 - 1
 
-# On a CPU, OpenMP's threads spin while their partner waits for a core: beside one busy process, for
-# longer than they compute. Read when torch is loaded, so scripts import this before it.
+# On a CPU, OpenMP's threads spin while their partner waits for a core, by default for milliseconds.
+# A tenth of a millisecond is enough between two steps of a small model (see adapt_threads). Read
+# when torch is loaded, so scripts import this before it.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's runtime, which torch's wheels bring
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # GNU's runtime, which torch's wheels bring
 
 # -- Ranks: torchrun's variables, else those that srun gives each task of a step -------------------
 
@@ -59,9 +60,14 @@ if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a batch
         LOCAL_RANK=os.environ["SLURM_LOCALID"], LOCAL_WORLD_SIZE=_per_node)
     os.environ.setdefault("MASTER_ADDR", _node + _number)
     os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000))
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+try:
+    RANK = int(os.environ.get("RANK", 0))
+    WORLD = int(os.environ.get("WORLD_SIZE", 1))
+    LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+    if not 0 <= RANK < WORLD:
+        raise ValueError(f"rank {RANK} of {WORLD}")
+except ValueError as e:
+    sys.exit(f"the environment's RANK, WORLD_SIZE or LOCAL_RANK is wrong: {e}")
 _cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 CPUS = max(1, _cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # for this rank alone
 
@@ -77,6 +83,17 @@ def say(line):
     """Print a line, on rank 0 alone, and at once."""
     if RANK == 0:
         print(line, flush=True)
+
+
+FAULTS = {  # what torch's RuntimeErrors say of what a user can mend: how
+    "out of memory|allocate memory":
+        "out of memory: halve --micro_batch (of train.py; it changes no result) or --decode_batch "
+        "(of evaluate.py), or take a smaller model",
+    "index out of range|out of bounds|device-side assert":
+        "the data holds numbers that its meta.json's vocab_size does not: prepare it again",
+    "No working C": "torch.compile wants a C++ compiler (g++): install one, or --compile=no",
+    "by peer|Broken pipe|imed out":
+        "another rank has ended: the same command goes on from the last save"}
 
 
 def run(main):
@@ -97,6 +114,56 @@ def run(main):
         die(f"this needs a package that is not installed: pip install {e.name}")
     except OSError as e:  # a full disk, no right to write, no network
         die(f"{e}; what is written so far is kept")
+    except (RuntimeError, IndexError) as e:
+        for pattern, line in FAULTS.items():
+            if re.search(pattern, str(e)):
+                die(line)
+        raise
+
+
+def pick_device(name):
+    """A device's name; for "auto" cuda, mps or cpu, the first that there is."""
+    import torch  # here: --help and a wrong key need not wait for it
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return str(found or "cpu") if name == "auto" else name
+
+
+def read_cpu_seconds():
+    """Seconds that the CPUs which we may use have been busy, and those of this process."""
+    ticks = 0
+    for line in open("/proc/stat"):
+        name, *times = line.split()
+        if name[:3] == "cpu" and name[3:].isdecimal() and int(name[3:]) in os.sched_getaffinity(0):
+            user, nice, system, _, _, irq, softirq, *_ = map(int, times)
+            ticks += user + nice + system + irq + softirq
+    return ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+
+_last_look = None  # of adapt_threads: when, what read_cpu_seconds said, torch's own threads
+
+
+def adapt_threads():
+    """Let torch compute with one thread less for each core that other processes keep busy: a thread
+    whose core is taken holds up all others. To be called now and then in long work; once a second
+    it looks. It does nothing where the user has set OMP_NUM_THREADS, or without Linux's /proc/stat.
+
+    Measured by tests/bench/beside.py. Another number of threads changes at most last bits."""
+    global _last_look
+    now = time.monotonic()
+    if "OMP_NUM_THREADS" in os.environ or _last_look and now - _last_look[0] < 1:
+        return
+    import torch
+    try:
+        busy, own = read_cpu_seconds()
+    except (OSError, AttributeError):
+        return
+    was, *_, most = _last_look or (now, 0, 0, torch.get_num_threads())
+    if _last_look:
+        others = (busy - _last_look[1] - own + _last_look[2]) / (now - was)
+        threads = min(most, max(1, _cpus - round(others)))
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+    _last_look = now, busy, own, most
 
 
 # -- Settings --------------------------------------------------------------------------------------
@@ -107,7 +174,7 @@ def read_settings(path):
     body = path.read_text(encoding="utf-8").partition("\nclass Settings:")[2]
     body = re.split(r"\n(?=\S)", body)[0]
     return {key: (default, comment) for key, default, comment
-            in re.findall(r"^    (\w+).*? = (.*?)  # (.*)", body, re.M)}
+            in re.findall(r"^    (\w+).*? = (.*?)(?:  # (.*))?$", body, re.M)}
 
 
 def describe(allowed):
@@ -233,7 +300,7 @@ def write_whole(path, data):
     whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f"{path.name}.{RANK}.{os.getpid()}.tmp")
+    tmp = Path(f"{path}.{RANK}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as f:
             f.write(data)
@@ -259,7 +326,8 @@ def read_json(path):
 
 def lock_file(path):
     """Keep other runs from writing what `path` stands for, as long as the returned file is held;
-    die if another does."""
+    die if another does. Its folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -311,6 +379,19 @@ def read_rows(path):
                     yield n, row
     except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as e:  # pyarrow's are ValueErrors
         yield n + 1, ValueError(f"cannot be read: {e}".splitlines()[0])
+
+
+def read_pair(row, instruction="instruction", response="response"):
+    """A row's instruction and response, a text, or `edit_path`, a list of texts; these are the
+    names of the fields. ValueError, with the reason, where it has none, and where it is one."""
+    if isinstance(row, ValueError):
+        raise row
+    pair = row.get(instruction), row.get(response)
+    texts = pair[1] if response == "edit_path" else [pair[1]]
+    if not (pair[1] and isinstance(texts, list)
+            and all(isinstance(text, str) for text in [pair[0], *texts])):
+        raise ValueError(f"no {instruction} and {response}")
+    return pair
 
 
 def open_parquet(path):

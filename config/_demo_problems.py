@@ -213,6 +213,13 @@ def family(size, heldout, seed):
             [{**p, "canonical_solution": p.pop("response")} for p in problems])
 
 
+def write_benchmark(path, problems):
+    """Write the held-out problems; die rather than over a file that holds others."""
+    if Path(path).is_file() and [row for _, row in config.read_rows(path)] != problems:
+        config.die(f"{path} holds other problems: delete it, or choose another --benchmark")
+    config.write_jsonl(path, problems)
+
+
 def stdlib_files():
     """The files of this Python's own standard library, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])

@@ -9,5 +9,5 @@ out_dir = "out-demo-edits"
 
 epochs = 1  # over 3 edit sequences a pair
 max_iters = 0
-decay, min_lr = "linear", 0.0  # as the paper finetunes
+decay, min_lr_ratio = "linear", 0.0  # as the paper finetunes
 eval_interval = 400

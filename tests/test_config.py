@@ -5,6 +5,8 @@ import gzip
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -239,7 +241,7 @@ def test_the_papers_figures():
         assert abs(cfg.max_iters * cfg.batch_size * cfg.block_size / 72e9 - 1) < 1e-4
         tuned = config.load(Settings, [str(ROOT / f"config/finetune_{name}.py")])
         assert (tuned.learning_rate, tuned.decay) == (3e-4, "linear")
-        assert (tuned.min_lr, tuned.weight_decay) == (0.0, 0.01)
+        assert (tuned.min_lr_ratio, tuned.weight_decay) == (0.0, 0.01)
         base = config.load(Settings, [str(ROOT / f"config/finetune_{name}_programs.py")])
         assert {k for k in vars(base) if getattr(base, k) != getattr(tuned, k)} == {
             "dataset", "out_dir", "epochs"}
@@ -286,3 +288,50 @@ def test_a_demo_file_means_its_own_runs_model(script, nothing, name):
     import importlib
     cfg = config.load(importlib.import_module(script).Settings, [str(ROOT / f"config/{name}.py")])
     assert cfg.init_from == nothing and cfg.out_dir == "out-" + name.replace("_", "-")
+
+
+def test_threads_make_room_for_other_busy_processes(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(config, "_cpus", 4)
+    monkeypatch.setattr(config, "_last_look", None)
+    # the clock, all CPUs' seconds, this process' seconds
+    now, most = [0.0, 0.0, 0.0], torch.get_num_threads()
+    monkeypatch.setattr(config.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(config, "read_cpu_seconds", lambda: tuple(now[1:]))
+
+    def after(seconds, busy, own):
+        now[:] = now[0] + seconds, now[1] + busy, now[2] + own
+        config.adapt_threads()
+        return torch.get_num_threads()
+
+    try:
+        torch.set_num_threads(4)
+        assert after(0, 0, 0) == 4
+        assert after(2, 7.5, 7.5) == 4  # alone
+        assert after(2, 8, 6) == 3  # one other
+        assert after(0.5, 2, 0) == 3  # too soon to look
+        assert after(2, 8, 0.5) == 1  # four others: one thread is left
+        assert after(2, 2, 2) == 4
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user's word holds
+        assert after(2, 8, 0.5) == 4
+    finally:
+        torch.set_num_threads(most)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux's")
+def test_the_seconds_that_cpus_were_busy():
+    before, end = config.read_cpu_seconds(), time.monotonic() + 0.5
+    while time.monotonic() < end:
+        pass
+    busy, own = (now - was for now, was in zip(config.read_cpu_seconds(), before))
+    assert 0.2 < own < 0.6 and own - 0.1 < busy < 0.7 * os.cpu_count()
+
+
+@pytest.mark.parametrize("env", [{"RANK": "1"}, {"RANK": "x"}, {"WORLD_SIZE": "0"},
+                                 {"RANK": "2", "WORLD_SIZE": "2"}])
+def test_ranks_that_cannot_be(env):
+    process = subprocess.run([sys.executable, "-c", "import config"], cwd=ROOT, text=True,
+                             env={**os.environ, **env}, capture_output=True)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("the environment's RANK, WORLD_SIZE or LOCAL_RANK is wrong")

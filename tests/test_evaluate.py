@@ -17,9 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, call, run
+from conftest import ROOT, call, run, stop_servers
 
 import evaluate
+import sample
 
 try:
     evaluate.run_program("pass")
@@ -55,12 +56,15 @@ class Model:
     def num_params(self): return 1000
     def flops_per_token(self, length): return 6 * 1000 + length
 def has_errors(program): return False
+def hash_weights(model): return str(model.config)
 def load_model(name, device="auto", dtype="auto"):
     form = "text" if "pretrained" in name else "edits"
     if "FAKE_LOST" in os.environ:
         import evaluate
         evaluate.run_program = lambda *_: evaluate.Result(False, "lost", "")
-    return Model(), Encoding(), {"form": form, "step": 7, "fingerprint": "1"}
+    model = Model()
+    model.info = {"form": form, "step": 7, "fingerprint": "1"}
+    return model, Encoding()
 def complete(model, enc, form, prompts, *, seeds, on_done=None, **settings):
     for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
         with open(os.environ["FAKE_LOG"], "a") as f:
@@ -72,7 +76,8 @@ def complete(model, enc, form, prompts, *, seeds, on_done=None, **settings):
 def read_program(form, prompt, raw):
     return (prompt if form == "text" else "") + raw, {"edits": 3, "hunks": 4, "malformed": 1}
 ''', "prepare.py": "def encode_prompt(enc, form, prompt): return prompt.split()",
-        "light/torch.py": "class cuda: is_available = lambda: False"}  # a second less to import
+        # a second less to import
+        "light/torch.py": "class cuda: is_available = lambda: False\nget_num_threads = lambda: 1"}
 OWN = [{"task_id": f"own/{n}", "instruction": f"Write f to add {n} to x.", "entry_point": "f",
         "test": (f"assert f(1) == {1 + n}" if n % 2 else
                  f"def check(candidate):\n    assert candidate(1) == {1 + n}\n")}
@@ -443,13 +448,13 @@ def test_the_weights_that_were_read_are_hashed():
     import torch
     model = torch.nn.Linear(2, 2)
     model.config = "c"
-    seen = {evaluate.hash_weights(model)}
-    assert evaluate.hash_weights(model) in seen
+    seen = {sample.hash_weights(model)}
+    assert sample.hash_weights(model) in seen
     model.weight.data[1, 1] += 1e-6
-    seen.add(evaluate.hash_weights(model))
+    seen.add(sample.hash_weights(model))
     model.config = "d"  # another block_size, or number of heads, is another model
-    seen.add(evaluate.hash_weights(model))
-    seen.add(evaluate.hash_weights(model.to(torch.bfloat16)))
+    seen.add(sample.hash_weights(model))
+    seen.add(sample.hash_weights(model.to(torch.bfloat16)))
     assert len(seen) == 4
 
 
@@ -485,6 +490,26 @@ def test_an_accident_of_the_sandboxs_is_said_and_no_verdict_for_ever(fake, tmp_p
     out = finished(fake(*args))
     assert "drew 0 samples of 12" in out and "ran 12 programs of 12" in out and "lost" not in out
     assert "lost" not in {r["status"] for r in rows(tmp_path / "r/samples.jsonl")}
+
+
+def test_a_package_that_was_missing_is_looked_for_again(tmp_path):
+    write_jsonl(tmp_path / "own.jsonl", OWN[1:2])
+    write_jsonl(tmp_path / "c.jsonl", [
+        {"task_id": "own/1", "completion": "import hunted_module\ndef f(x): return x + 1\n"}])
+    for ran in (1, 1):
+        _, out, err = call("evaluate.py", f"--benchmark={tmp_path}/own.jsonl", "--ks=1",
+                           f"--completions={tmp_path}/c.jsonl", "--results=r", cwd=tmp_path)
+        assert f"ran {ran} programs of 1" in out, err
+        stop_servers()
+
+
+def test_scores_of_other_models_and_problems_are_kept(fake, tmp_path):
+    for args in (["--init_from=tuned"], ["--init_from=other"], ["--init_from=other", "--limit=3"],
+                 ["--init_from=tuned"]):
+        finished(fake(*args, "--temperatures=0", "--results=r"))
+    runs = json.loads((tmp_path / "r/results.json").read_text())["runs"]
+    assert [(run["model"], len(run["correct"])) for run in runs] == [
+        ("tuned", 12), ("other", 12), ("other", 3)]
 
 
 def test_a_prompt_that_leaves_no_room_is_counted_and_said(fake, tmp_path):
@@ -616,18 +641,11 @@ def test_whole_programs_are_right_behind_humanevals_prompt(program):
     problem = next(p for p in problems() if p["task_id"] == "HumanEval/38")
     # encode_cyclic is the prompt's helper
     solution = "def decode_cyclic(s: str):\n    return encode_cyclic(encode_cyclic(s))\n"
-    fake = SimpleNamespace(read_program=lambda form, prompt, raw: (raw, {}))
-    before, sys.modules["sample"] = sys.modules.get("sample"), fake
-    try:
-        for right, source in ((True, solution), (False, solution.replace("(s))", "(s) * 2)"))):
-            raw = {"raw": program.format(source)}
-            completion, whole, _, _ = evaluate.build_program("programs", problem, raw)
-            assert evaluate.run_program(whole, tests=problem["tests"]).passed == right
-            assert tool.check_correctness(row, completion, 10)["passed"] == right
-    finally:
-        sys.modules.pop("sample")
-        if before:
-            sys.modules["sample"] = before
+    for right, source in ((True, solution), (False, solution.replace("(s))", "(s) * 2)"))):
+        raw = {"raw": program.format(source)}
+        completion, whole, _, _ = evaluate.build_program("programs", problem, raw)
+        assert evaluate.run_program(whole, tests=problem["tests"]).passed == right
+        assert tool.check_correctness(row, completion, 10)["passed"] == right
 
 
 @pytest.mark.parametrize("test", [

@@ -200,6 +200,12 @@ TRICKY = {
         "try:\n    x = 1\nfinally:\n    y = 1\nfor i in [1]:\n    try: continue\n"
         "    except OSError: break\n    else:\n"
         "        if i: pass\n    finally: i = 2\n",
+    "a comment's backslash":
+        "if 1:  # \\\n    b = 1\n    c = 2\nelse:  # \\\n    b = 3\n    c = 4\nprint(b, c)\n",
+    "a decorator over lines": "@(\n    print\n)\ndef f(): pass\nx = 1\n",
+    "a renamed future": "from __future__ import annotations as a\nx: A\nclass A: pass\n",
+    "a global that is deleted and set":
+        "x = 1\ndef f():\n    global x\n    print(x)\n    del x\n    x = 1\nz = 1\n",
 }
 if sys.version_info >= (3, 12):
     TRICKY["type parameters"] = (
@@ -211,7 +217,8 @@ if sys.version_info >= (3, 12):
 
 # where the graph is stricter than pyflakes on the whole program
 STRICT = {"a local hidden by a comprehension", "a local read between imports",
-          "globals and annotations", "typing shadowed", "typing shadowed in a function"}
+          "globals and annotations", "a global that is deleted and set", "typing shadowed",
+          "typing shadowed in a function"}
 
 
 @pytest.mark.parametrize("name", TRICKY)
@@ -364,6 +371,14 @@ def test_statements_over_several_lines_come_whole():
         for edit in lintseq.lintseq(source, random.Random(seed)):
             for whole in (("@os", "+def f", "+      b"), ("+    x", "+         b]")):
                 assert len({part in edit for part in whole}) == 1
+
+
+def test_a_module_used_by_another_name_is_used():
+    """Then the same name in a function is a local read too early (UndefinedLocal)."""
+    source = ("from datetime import datetime\nimport datetime as dt\ndef f():\n"
+              "    x = dt.now()\n    datetime = x\nz = 1\n")
+    for seed in range(20):
+        check_sequence(source, lintseq.lintseq(source, random.Random(seed)))
 
 
 def test_lines_broken_from_the_start_come_last():
@@ -533,6 +548,10 @@ def test_bulk_rows_are_the_published_ones_and_the_same_for_any_workers(rows):
     assert (rows / "one.jsonl").read_bytes() == (rows / "two.jsonl").read_bytes()
     edits = sum(len(r["edit_path"]) for r in written)
     assert f"{edits:,} edits" in out
+    with open(rows / "one.jsonl", "a") as f:  # what a user adds to it stays
+        f.write("{}\n")
+    assert convert(rows, "one.jsonl")[0] == 0
+    assert (rows / "one.jsonl").read_bytes() == (rows / "two.jsonl").read_bytes() + b"{}\n"
     assert "1 skipped: not JSON" in out and "1 skipped: does not parse" in out
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -345,6 +346,38 @@ config.run(prepare.main)
 print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1000)"""
 
 
+def test_a_full_disk_is_said_and_nothing_is_missing_then(tokenizer, tmp_path):
+    """Here: a limit on the size of files. Short documents, whose tokens wait in a buffer."""
+    rows = [json.dumps({"text": words(20, i)}) for i in range(3000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    args = ("--corpora=a.jsonl", "--dataset=x", f"--tokenizer={tokenizer}")
+    limit = (100_000, 100_000)
+    process = start("prepare.py", *args, cwd=tmp_path,
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "File too large" in err, err
+    assert call("prepare.py", *args, cwd=tmp_path)[0] == 0
+    enc = prepare.get_tokenizer(str(tokenizer))
+    texts = sum(texts_of(tmp_path / "data/x", enc).values(), [])
+    assert sorted(texts) == sorted(json.loads(row)["text"] for row in rows)
+
+
+def test_a_text_that_changed_is_tokenized_again(tokenizer, tmp_path, monkeypatch):
+    """Also where a run was killed, and the text has kept its size."""
+    (tmp_path / "a.txt").write_text(words(500))
+    args = ("--corpora=a.txt", "--dataset=x", f"--tokenizer={tokenizer}")
+    monkeypatch.setattr(prepare, "join_shards", lambda *_: exit(9))
+    assert call("prepare.py", *args, cwd=tmp_path)[0] == 9
+    monkeypatch.undo()
+    (tmp_path / "a.txt").write_text(words(500).upper())
+    os.utime(tmp_path / "a.txt", (1, 1))
+    assert call("prepare.py", *args, cwd=tmp_path)[0] == 0
+    enc = prepare.get_tokenizer(str(tokenizer))
+    tokens = np.concatenate([np.fromfile(tmp_path / f"data/x/{s}.bin", "<u2")
+                             for s in ("train", "val")])
+    assert enc.decode(tokens.tolist()).startswith(words(500).upper()[:1000])
+
+
 def test_memory_does_not_grow_with_the_corpus(tokenizer, tmp_path, monkeypatch):
     """A few times the longest document (here 6 MB) is held, not the file."""
     monkeypatch.chdir(tmp_path)
@@ -538,6 +571,39 @@ def test_rows_have_the_same_fate_everywhere(tokenizer, tmp_path):
         assert meta["train"]["examples"] + meta["val"]["examples"] == 20 and meta["val"]["examples"]
         listed = [json.loads(line) for line in (tmp_path / f"data/{form}/skipped.jsonl").open()]
         assert sum(meta["skipped"].values()) == len(listed) >= skipped
+
+
+def test_other_names_of_fields(tmp_path, monkeypatch):
+    monkeypatch.setitem(prepare.FIELDS, "a.jsonl", ("ask", "say"))
+    (tmp_path / "a.jsonl").write_text('{"ask": "x", "say": "y = 1"}\n')
+    args = ("--instruct=a.jsonl", "--source=s.jsonl")
+    assert call("prepare.py", *args, cwd=tmp_path)[0] == 0
+    row = json.loads((tmp_path / "s.jsonl").read_text())
+    assert row == {"instruction": "x", "response": "y = 1"}
+
+
+def test_held_out_problems_are_not_written_over_and_made_again(tmp_path):
+    args = ("--instruct=family", "--family_size=30", "--family_heldout=5", "--source=s.jsonl",
+            "--benchmark=b.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"task_id": "mine"}\n')
+    status, _, err = call("prepare.py", *args, cwd=tmp_path)
+    assert status == 1 and "b.jsonl holds other problems: delete it" in err
+    assert not (tmp_path / "s.jsonl").exists()
+    (tmp_path / "b.jsonl").unlink()
+    assert call("prepare.py", *args, cwd=tmp_path)[0] == 0
+    made = (tmp_path / "b.jsonl").read_text()
+    assert made.count("\n") == 5
+    (tmp_path / "b.jsonl").unlink()
+    assert call("prepare.py", *args, cwd=tmp_path)[0] == 0
+    assert (tmp_path / "b.jsonl").read_text() == made
+    assert "is there already" in call("prepare.py", *args, cwd=tmp_path)[1]
+
+
+def test_a_tokenizer_of_no_text_is_not_written(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    status, _, err = call("prepare.py", "--corpora=a.txt", "--tokenizer=t.tiktoken", cwd=tmp_path)
+    assert status == 1 and "no text to train a tokenizer on" in err
+    assert not (tmp_path / "t.tiktoken").exists()
 
 
 def test_edits_of_a_run_that_was_killed_are_no_training_data(tokenizer, tmp_path):

@@ -169,7 +169,7 @@ def test_a_published_name_samples_and_is_fetched_once(hub, olmo, neox, tmp_path)
     sent = dict(hub.sent)
     model = GPT.from_pretrained(name)
     assert torch.equal(model.wte.weight, olmo.model.embed_tokens.weight)
-    assert sample.load_model(name, "cpu")[2]["form"] == "edits" and hub.sent == sent
+    assert sample.load_model(name, "cpu")[0].info["form"] == "edits" and hub.sent == sent
     status, out, err = call("sample.py", "--init_from=upiter/nothing", cwd=".")
     last = err.splitlines()[-1]
     assert status == 1 and "upiter/nothing" in last and "404" in last and "Traceback" not in err

@@ -253,6 +253,7 @@ def test_where_the_prompt_comes_from(call, tmp_path):
     ):
         status, out, err = call("--benchmark=problems.jsonl", few, *args, stdin=stdin)
         assert status == 0 and err.startswith(f"# {prompt}\n"), err
+    assert call("--prompt=x", few, "--num_samples=9")[2].count("# x\n") == 1  # greedy: all alike
     status, out, err = call("--prompt=x", few, "--out=p.py", "--num_samples=2", "--temperature=1")
     assert (
         status == 0

@@ -132,7 +132,7 @@ def exported(workspace, tmp_path):
     (tmp_path / "exported").mkdir()
     (tmp_path / "tiny.tiktoken").write_bytes((workspace / "tiny.tiktoken").read_bytes())
     checkpoint = {"config": {**vars(model.config)}, "model": model.state_dict(), "meta": meta,
-                  "step": 77, "settings": {"learning_rate": 0.0123}}
+                  "step": 77, "settings": {"learning_rate": 0.0123, "n_layer": 12}}
     torch.save(checkpoint, tmp_path / "exported/ckpt.pt")
     return tmp_path, model
 
@@ -145,8 +145,9 @@ def test_export_is_read_by_transformers(workspace, exported):
     for benchmark, mean in (("humaneval", 0.125), ("mbpp", 0.25), ("torn", None)):
         (folder / "out-eval" / benchmark).mkdir(parents=True)
         (folder / "out-eval" / benchmark / "results.json").write_text(json.dumps(
-            {"benchmark": benchmark, "runs": mean and [
-                {"model": name, "temperature": 1.0,
+            {"runs": mean and [
+                {"model": name, "temperature": 1.0, "benchmark": benchmark,
+                 "correct": {"a": [8, 1], "b": [8, 1]},
                  "pass@k": {"1": {"mean": mean, "standard_error": 0.01}}}
                 for name, mean in (("./exported/", mean), ("other", 0.999))]}))
     status, out, err = run("prepare.py", "--export=exported", cwd=folder)
@@ -167,15 +168,15 @@ def test_export_is_read_by_transformers(workspace, exported):
     for text in random_texts(200, 3):
         assert tokenizer.encode(text) == enc.encode(text, allowed_special="all")
     card = (out / "README.md").read_text()
-    for part in ("humaneval, temperature 1.0: pass@1 12.5 ± 1.0", "n_layer = 2", "77 steps",
-                 "mbpp, temperature 1.0: pass@1 25.0 ± 1.0",
+    for part in ("humaneval, 2 problems, temperature 1.0: pass@1 12.5 ± 1.0", "n_layer = 2",
+                 "77 steps", "mbpp, 2 problems, temperature 1.0: pass@1 25.0 ± 1.0",
                  "must not be run without precautions", "learning_rate = 0.0123"):
         assert part in card
     assert "99.9" not in card
     import sample  # and back
-    again, tokenizer, info = sample.load_model(str(out), "cpu")
+    again, tokenizer = sample.load_model(str(out), "cpu")
     with torch.no_grad():
-        assert torch.equal(again(idx)[0], model(idx)[0]) and info["form"] == "edits"
+        assert torch.equal(again(idx)[0], model(idx)[0]) and again.info["form"] == "edits"
     marked = enc.encode("x<|diff|>", allowed_special="all")
     assert tokenizer.encode("x<|diff|>", allowed_special="all") == marked
 

@@ -173,13 +173,17 @@ def test_finetunes_from_pretrained_and_refuses_what_does_not_fit(workspace, tmp_
     assert call("train.py", *new, cwd=workspace)[0] == 0
     first, untrained = (losses(tmp_path / x)[0][2] for x in ("tuned", "new"))  # before any step
     assert first < untrained - 0.1
+    (tmp_path / "pre").rename(tmp_path / "gone")  # to go on needs it no more
+    status, out, err = call("train.py", *tune, out_dir, "--max_iters=3", cwd=workspace)
+    assert status == 0 and "at step 2 (" in out, err
+    (tmp_path / "gone").rename(tmp_path / "pre")
     for change, message in (
             (("--batch_size=4",), "batch_size was 8, is 4"),
             (("--dataset=edits",), "dataset was 'programs', is 'edits'"),
             (("--pretrained=", "--n_layer=3"), "n_layer was 2, is 3"),
             (("--seed=1",), "seed was 1337, is 1"),
             (("--pretrained=", "--n_head=3"), "n_embd=32 must be n_head=3 times"),
-            (("--pretrained=nowhere",), "nowhere")):
+            (("--pretrained=nowhere", f"--out_dir={tmp_path}/x"), "nowhere")):
         refused(*tune, out_dir, *change, cwd=workspace, says=message)
 
 
@@ -343,7 +347,7 @@ def test_values_that_are_refused(workspace, tmp_path):
             ("--decay=constant", "is not cosine or linear"),
             ("--optimizer=sgd", "is not adamw or muon"), ("--dtype=fp16", "is not auto or bfloat"),
             ("--device=tpu", "device tpu, rank 0"),
-            ("--min_lr=2", "is not at least 0 and at most 1"),
+            ("--min_lr_ratio=2", "is not at least 0 and at most 1"),
             ("--beta1=1", "at least 0 and at most 0.99999"), ("--beta2=1", "at most 0.99999"),
             ("--muon_lr=-1", "is not at least 0"),
             ("--max_iters=-3", "is not at least 0"), ("--grad_clip=inf", "is not at least 0"),
@@ -371,7 +375,8 @@ def test_the_missing_data_comes_with_its_command(tmp_path):
 
 def test_values_at_the_edge_work(workspace, tmp_path):
     """A warm-up longer than the run is said; bfloat16 on a CPU; no clipping."""
-    edges = ("--warmup_iters=9", "--dtype=bfloat16", "--compile=no", "--grad_clip=0", "--min_lr=1",
+    edges = ("--warmup_iters=9", "--dtype=bfloat16", "--compile=no", "--grad_clip=0",
+             "--min_lr_ratio=1",
              "--block_size=1", "--seed=4294967295", "--max_iters=2", f"--out_dir={tmp_path}")
     status, out, err = call("train.py", "--dataset=text", *TINY, *edges, cwd=workspace)
     assert status == 0 and "warmup_iters=9: the learning rate rises until the run ends" in out, err
@@ -524,11 +529,11 @@ def test_packed_rows_hold_every_example_whole_once_an_epoch(workspace):
 
 
 def test_schedule():
-    cfg = settings(warmup_iters=10, min_lr=0.1)
+    cfg = settings(warmup_iters=10, min_lr_ratio=0.1)
     scale = [train.learning_rate_scale(i, 110, cfg) for i in range(110)]
     assert scale[0] == 0.1 and scale[9] == scale[10] == 1.0 and abs(scale[60] - 0.55) < 1e-6
     assert 0.1 <= scale[-1] < 0.101
-    linear = settings(warmup_iters=10, min_lr=0.0, decay="linear")
+    linear = settings(warmup_iters=10, min_lr_ratio=0.0, decay="linear")
     assert abs(train.learning_rate_scale(60, 110, linear) - 0.5) < 1e-6
     assert train.learning_rate_scale(0, 1, settings(warmup_iters=0)) == 1.0
 
