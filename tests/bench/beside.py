@@ -77,7 +77,10 @@ def main():
         busy.kill()
         for worker in workers.values():
             worker.kill()
-    print(f"{os.cpu_count()} cores; tokens a second at the demo's size")
+    from common import machine
+    on = machine("float32")
+    print(f"{os.cpu_count()} cores of {on['device']}, torch {on['torch']}, commit {on['commit']}; "
+          "tokens a second at the demo's size")
     for what in TOKENS:
         best = quiet[what]["the default"]
         for way in WAYS:
