@@ -224,7 +224,8 @@ def convert(value, default, allowed=None):
 
 def nearest(word, words):
     """The end of a message on a word that is not among `words`."""
-    near = difflib.get_close_matches(word, words, 1)
+    near = [w for w in sorted(words) if word and w.startswith(word)]
+    near = near or difflib.get_close_matches(word, words, 1)
     return f"; the nearest is {near[0]!r}" if near else ""
 
 

@@ -30,6 +30,7 @@ def test_defaults_file_then_command_line(tmp_path):
 
 @pytest.mark.parametrize("args, message", [
     (["--max_iter=5"], "unknown key 'max_iter'; the nearest is 'max_iters'"),
+    (["--min_lr=6e-5"], "the nearest is 'min_lr_ratio'"),  # nanoGPT's, which is no ratio
     (["--max_iters=many"], "max_iters='many' is not of type int (default 0)"),
     (["--max_iters=1.5"], "is not of type int"),
     (["--max_iters"], "no value; write --max_iters=0"),
