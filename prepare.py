@@ -158,6 +158,17 @@ def fingerprint(enc):
     return digest(repr((ranks, sorted(enc._special_tokens.items()), enc._pat_str)))
 
 
+def load_tokenizer(info):
+    """The tokenizer that a model with this .info was trained with; of a published one, which has
+    none, the fingerprint goes in there. As get_tokenizer; ValueError if its file is another now."""
+    enc = get_tokenizer(info["tokenizer"])
+    found = fingerprint(enc)
+    if info.setdefault("fingerprint", found) != found:
+        raise ValueError(
+            f"the model was trained with another {info['tokenizer']}: put the old file back")
+    return enc
+
+
 def train_tokenizer(path, texts, size):
     """Train a byte-level BPE of `size` entries on some texts and write it in tiktoken's form."""
     import rustbpe
@@ -593,9 +604,7 @@ def instruct_rows(name, cfg):
     if name == "stdlib":
         return enumerate(_demo_problems.stdlib_pairs())
     if name == "family":
-        pairs, problems = _demo_problems.family(cfg.family_size, cfg.family_heldout, cfg.seed)
-        _demo_problems.write_benchmark(cfg.benchmark, problems)
-        return enumerate(pairs)
+        return enumerate(_demo_problems.family_pairs(cfg))
     paths = download_dataset(name) if name in HUB else [name]
     return (row for path in paths for row in config.read_rows(path))
 
@@ -708,7 +717,7 @@ def write_examples(folder, enc, cfg, path):
             skipped.append([f"{path}:{n}", str(e)])
     for split, (tokens, starts) in zip(SPLITS, splits):
         (folder / f"{split}.bin").write_bytes(tokens)
-        table = io.BytesIO()
+        table = io.BytesIO()  # to a file np.save writes by tofile
         np.save(table, np.array(starts, np.int64).reshape(-1, 2))
         (folder / f"{split}.examples.npy").write_bytes(table.getbuffer())
     write_meta(folder, enc, cfg, [path], "examples", [len(starts) for _, starts in splits], skipped)
@@ -740,13 +749,10 @@ def export(cfg):
     from model import GPT, one_line
     try:
         model = GPT.from_pretrained(cfg.export)
-        enc = get_tokenizer(model.info["tokenizer"])
+        info, enc = model.info, load_tokenizer(model.info)
     except Exception as e:
         die(f"--export={cfg.export}: its ckpt.pt, or the tokenizer in that, cannot be read: "
             f"{one_line(e)}")
-    info = model.info
-    if fingerprint(enc) != info.get("fingerprint"):
-        die(f"{cfg.export} was trained with another {info['tokenizer']}: put the old file back")
     folder = Path(cfg.export) / "hf"
     model.save_pretrained(folder, eos_token_id=enc.eot_token, form=info["form"])
     write_whole(folder / "tokenizer.json", tokenizer_json(enc).encode())

@@ -68,7 +68,7 @@ def load_model(init_from, device="auto", dtype="auto"):
         info["form"] = info["form"] or (
             "edits" if "lintseq" in name else "programs" if "instruct" in name else "text")
         model = model.to(device, getattr(torch, dtype)).eval()
-        enc = prepare.get_tokenizer(info["tokenizer"])
+        enc = prepare.load_tokenizer(info)
         if enc.n_vocab > model.config.vocab_size:
             raise ValueError(f"{info['tokenizer']} is of another model: {enc.n_vocab} entries, "
                              f"where this one has {model.config.vocab_size}")
@@ -78,10 +78,6 @@ def load_model(init_from, device="auto", dtype="auto"):
         best = Path(init_from, "best.pt")
         torn = "ckpt.pt cannot be read" in str(e) and best.is_file()
         die(f"{init_from} on {device}: {one_line(e)}" + f"; put {best} in its place" * torn)
-    found = prepare.fingerprint(enc)
-    if info.setdefault("fingerprint", found) != found:  # a published model's file has none
-        die(f"{init_from} was trained with another {info['tokenizer']} (its fingerprint is "
-            f"{info['fingerprint']}, this one's {found}): put the old file back, or train again")
     return model, enc
 
 

@@ -304,13 +304,12 @@ def make_model(cfg, meta, checkpoint):
             die(e)
     try:
         model = GPT.from_pretrained(cfg.pretrained)
-        theirs = model.info.get("fingerprint")
-        if not theirs:  # a published model
+        if "fingerprint" not in model.info:  # a published model
             import prepare
-            theirs = prepare.fingerprint(prepare.get_tokenizer(model.info["tokenizer"]))
+            prepare.load_tokenizer(model.info)
     except Exception as e:  # whatever is in the files
         die(f"pretrained={cfg.pretrained}: {one_line(e)}")
-    if theirs != meta["fingerprint"]:
+    if model.info["fingerprint"] != meta["fingerprint"]:
         die(f"pretrained={cfg.pretrained} has another tokenizer than data/{cfg.dataset} "
             f"({meta['tokenizer']}): prepare the data with the model's tokenizer")
     return model.float()

@@ -123,19 +123,20 @@ def run(main):
 
 def pick_device(name):
     """A device's name; for "auto" cuda, mps or cpu, the first that there is."""
+    if name != "auto":
+        return name
     import torch  # here: --help and a wrong key need not wait for it
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return str(found or "cpu") if name == "auto" else name
+    return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 def read_cpu_seconds():
     """Seconds that the CPUs which we may use have been busy, and those of this process."""
-    ticks = 0
-    for line in open("/proc/stat"):
-        name, *times = line.split()
-        if name[:3] == "cpu" and name[3:].isdecimal() and int(name[3:]) in os.sched_getaffinity(0):
-            user, nice, system, _, _, irq, softirq, *_ = map(int, times)
-            ticks += user + nice + system + irq + softirq
+    ours, ticks = {f"cpu{n}" for n in os.sched_getaffinity(0)}, 0
+    with open("/proc/stat") as f:
+        for name, *times in map(str.split, f):
+            if name in ours:
+                user, nice, system, _, _, irq, softirq, *_ = map(int, times)
+                ticks += user + nice + system + irq + softirq
     return ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
@@ -157,13 +158,15 @@ def adapt_threads():
         busy, own = read_cpu_seconds()
     except (OSError, AttributeError):
         return
-    was, *_, most = _last_look or (now, 0, 0, torch.get_num_threads())
-    if _last_look:
-        others = (busy - _last_look[1] - own + _last_look[2]) / (now - was)
-        threads = min(most, max(1, _cpus - round(others)))
-        if threads != torch.get_num_threads():
-            torch.set_num_threads(threads)
+    if not _last_look:
+        _last_look = now, busy, own, torch.get_num_threads()
+        return
+    then, busy_then, own_then, most = _last_look
     _last_look = now, busy, own, most
+    others = (busy - busy_then - (own - own_then)) / (now - then)
+    threads = min(most, max(1, _cpus - round(others)))
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
 
 
 # -- Settings --------------------------------------------------------------------------------------

@@ -213,11 +213,15 @@ def family(size, heldout, seed):
             [{**p, "canonical_solution": p.pop("response")} for p in problems])
 
 
-def write_benchmark(path, problems):
-    """Write the held-out problems; die rather than over a file that holds others."""
-    if Path(path).is_file() and [row for _, row in config.read_rows(path)] != problems:
+def family_pairs(cfg):
+    """The family's pairs to train on; the held-out problems go to cfg.benchmark, unless that holds
+    others: then die."""
+    pairs, problems = family(cfg.family_size, cfg.family_heldout, cfg.seed)
+    path = Path(cfg.benchmark)
+    if path.is_file() and [row for _, row in config.read_rows(path)] != problems:
         config.die(f"{path} holds other problems: delete it, or choose another --benchmark")
     config.write_jsonl(path, problems)
+    return pairs
 
 
 def stdlib_files():

@@ -44,7 +44,7 @@ def run(script, *args, cwd, ranks=1):
 
 def call(script, *args, cwd):
     """run() in this process, for what a script refuses or does in a moment: to start another takes
-    seconds. Not for what its last lines do (train.py's of a RuntimeError)."""
+    seconds."""
     main = importlib.import_module(script.removesuffix(".py")).main
     status, out, err, there, argv = 0, io.StringIO(), io.StringIO(), os.getcwd(), sys.argv
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
