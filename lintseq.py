@@ -18,9 +18,10 @@ pass of pyflakes over the whole program finds, for each use of a name, the state
 which satisfies it. So the program is a graph of what needs what, and a line's fall takes along what
 needs it, and what needs that. This closure is what deleting and linting in turn arrive at, for a
 use is reported in a state just when the last statement that satisfies it has fallen. In rare cases
-the graph is stricter than pyflakes: after `del x` a use needs a later x, though the `del` may fall;
-a name that a function assigns is not looked for outside of it; a `try` falls with its handler of
-NameError. The tests look for cases in which it is looser. Drawing the next sequence of the same
+the graph is stricter than pyflakes: a name that a function binds is not looked for outside of it (as
+in Python itself); a `try` falls with its handler of NameError; what binds a name falls with its
+`del`; what binds a name in ways of several meanings (from typing and from elsewhere) comes in with
+the last edit. The tests look for cases in which it is looser. Drawing the next sequence of the same
 program costs no new pass.
 
 Where this differs from the published generator, and why it is better data: it deletes statements,
@@ -38,7 +39,6 @@ import warnings
 import zlib
 from bisect import bisect, insort
 from collections import Counter, defaultdict
-from copy import copy
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -87,7 +87,7 @@ def lint(source):
     ValueError if it does not parse (RecursionError or MemoryError: too deep for the parser)."""
     try:
         found = Checker(ast.parse(source), withDoctest=False).messages
-    except AttributeError as e:  # `from a import __all__`, then `__all__ += ...`
+    except (AttributeError, AssertionError) as e:  # `from a import __all__`, then `__all__ += ...`
         raise ValueError(f"pyflakes fails: {e}") from None
     return sorted((x.lineno, x.message % x.message_args) for x in found if isinstance(x, ERRORS))
 
@@ -120,15 +120,15 @@ class Program:
         self.dependents = []  # of each node: the nodes that lose a support when it falls
         self.supports = []  # of each node: how many of them it must lose to fall
         self.broken = set()  # units with an error from the start
-        self.is_free = [line.strip()[:1] in ("", "#") for line in self.lines]  # blank, a comment
-        self.add_node(1)
+        self.is_free = [line.strip()[:1] in "#" for line in self.lines]  # "" (blank) or "#"
+        self.add_node()
         self.add_block(tree.body, MODULE)
         self.assign_lines(MODULE, 0, len(self.lines) - 1)
         self.code = [i for i, unit in enumerate(self.unit_at)  # the lines that can be drawn
                      if unit != MODULE and not self.is_free[i]]
         NeedsOfNames(self, tree, source)
 
-    def add_node(self, supports):
+    def add_node(self, supports=1):
         self.lines_of.append([])
         self.dependents.append(set())
         self.supports.append(supports)
@@ -167,7 +167,7 @@ class Program:
                 first -= 1
             unit = self.unit_at[first]
             if unit is None:  # else it shares a line: a; b
-                unit = self.add_node(1)
+                unit = self.add_node()
                 self.need(unit, [parent])
                 units.append(unit)
             self.add_clauses(node, unit, first)
@@ -187,7 +187,7 @@ class Program:
             if kind != "first":
                 while self.is_free[next_line]:
                     next_line += 1
-                unit = self.add_node(1)
+                unit = self.add_node()
                 self.need(unit, [first_unit])
             units[kind].append(unit)
             if not self.lines[body[0].lineno - 1][:body[0].col_offset].strip():  # not `if x: y`
@@ -232,15 +232,11 @@ def clauses_of(node, kind="first"):
 
 # -- What the names need: pyflakes' pass ----------------------------------------------------------
 
-class Builtin(checker.Builtin):
-    bound = declared = [MODULE]
-
-
 class Unbound:
     bound = declared = []
 
 
-BUILTINS = {name: Builtin(name) for name in Checker(ast.parse("")).builtIns}
+BUILTINS = Checker(ast.parse("")).builtIns
 
 
 class NeedsOfNames(Checker):
@@ -254,28 +250,22 @@ class NeedsOfNames(Checker):
 
     def __init__(self, program, tree, source):
         self.program = program
-        # (unit, nodes of which it needs one, (scope, name)). In place of the nodes "global", it
-        # declares the name, or "export", it is in __all__: checkDeadScopes knows what they need
+        # (unit, nodes of which it needs one, (function's scope, name), how many of the nodes are of
+        # that scope); None in place of nodes: the name is in __all__
         self.uses = []
-        self.stored = set()  # (scope, name) that a function assigns somewhere
-        self.globals = set()  # (scope, name) that a function declares global
-        self.read_outside = defaultdict(list)  # {(scope, name): units that use it before that}
+        self.globals = defaultdict(list)  # {name: units that declare it global}
+        self.binders = defaultdict(list)  # {(scope, name): units that bind it, or delete it}
+        self.deleted = set()  # (scope, name)
+        self.kinds = defaultdict(set)  # {name: where it is imported from, whether it is an __all__}
         self.future = []  # the node of `from __future__ import annotations`
         self.without_future = False  # an annotation is looked at as if that had fallen
-        if "typing" not in source:  # then no argument of a call is a type
+        if source.isascii() and "typing" not in source:  # then no argument of a call is a type
             self.CALL = self.handleChildren
         super().__init__(tree, withDoctest=False)
 
-    @property
-    def builtIns(self):  # pyflakes' constructor binds each one that this gives: none, they are here
-        self.scope.update(BUILTINS)
-        return ()
-
-    @builtIns.setter
-    def builtIns(self, names):
-        pass
-
-    futuresAllowed = True  # until pyflakes says otherwise, after the first statement
+    # pyflakes' constructor binds each of these anew: none, handleNodeLoad knows them
+    builtIns = property(lambda self: (), lambda self, names: None)
+    futuresAllowed, annotationsFutureEnabled = True, False  # until pyflakes says otherwise
 
     def unit_of(self, node):
         return self.program.unit_at[node.lineno - 1]
@@ -292,18 +282,15 @@ class NeedsOfNames(Checker):
         elif self.annotationsFutureEnabled and not self.future:  # this is that import
             self.future = [unit]
         elif isinstance(value, checker.ExportBinding):
-            self.uses += [(unit, "export", (None, name)) for name in value.names]
-            if not isinstance(value.source, ast.AugAssign):  # pyflakes cannot add to another kind
-                scope.pop(value.name, None)
+            self.uses += [(unit, None, (None, name), 0) for name in value.names]
         self.bind(scope, value, unit)
 
     def bind(self, scope, value, unit):
         old, is_annotation = scope.get(value.name, Unbound), isinstance(value, checker.Annotation)
-        # What was imported from typing stays of that kind: where others have fallen, strings may be
-        # annotations again
-        typed = self.scopeStack[0].get(value.name, old)
-        if old.declared and is_annotation or getattr(typed, "fullName", "").startswith("typing"):
-            value = copy(typed)
+        value.names = getattr(value, "names", ())  # pyflakes fails where an __all__ has none
+        self.kinds[value.name].add(
+            getattr(value, "fullName", isinstance(value, checker.ExportBinding)))
+        self.binders[id(scope), value.name].append(unit)
         value.declared = [self.program.any_of([unit, *old.declared])]
         value.bound = (
             old.bound if is_annotation else
@@ -311,21 +298,15 @@ class NeedsOfNames(Checker):
             [self.program.any_of([unit, *old.bound])])
         scope[value.name] = value
 
-    def handleNodeStore(self, node):
-        key = id(self.scope), checker.getNodeName(node)
-        if isinstance(self.scope, FunctionScope):  # what it has read from outside: UndefinedLocal
-            self.stored.add(key)
-            self.program.broken.update(self.read_outside.pop(key, ()))
-        super().handleNodeStore(node)
-
     def GLOBAL(self, node):
         unit, (module, *inner) = self.unit_of(node), self.scopeStack
         for name in node.names if inner else ():
-            self.uses.append((unit, "global", (None, name)))
-            known = module.get(name, Unbound)  # an annotation without a value hides it
-            for scope in inner + [module] * (known.bound == known.declared):
+            known = module.get(name, Unbound)
+            if known.bound == known.declared:  # an annotation without a value hides it
+                self.globals[name].append(unit)
+                self.bind(module, checker.Assignment(name, node), unit)
+            for scope in inner:
                 self.bind(scope, checker.Assignment(name, node), unit)
-                self.globals.add((id(scope), name))
 
     NONLOCAL = GLOBAL
 
@@ -334,6 +315,8 @@ class NeedsOfNames(Checker):
             self.program.need(self.unit_of(self.getParent(node)), [self.unit_of(node)])
         before = self.scope.pop(node.name, None)  # its name ends with it
         super().EXCEPTHANDLER(node)
+        # so does a global, and what is set after it is an UndefinedLocal
+        self.program.broken.update(self.globals.pop(node.name, ()))
         if before:
             self.scope[node.name] = before
 
@@ -341,49 +324,51 @@ class NeedsOfNames(Checker):
         name, here = checker.getNodeName(node), self.scope
         if not name:
             return
-        unit, key = self.unit_of(node), (id(here), name)
+        unit, function = self.unit_of(node), isinstance(here, FunctionScope) and id(here)
         nodes, declared = [], []  # of the bindings in sight: bound, declared
         sees_class = True  # a class shows its names only to what stands in it directly
         for scope in reversed(self.scopeStack):
             in_class = isinstance(scope, ClassScope)
             if in_class and (name == "__class__"
                              or scope is here and name in checker.DetectClassScopedMagic.names):
-                return
+                nodes.append(MODULE)
+                break
             if name in scope and (sees_class or not in_class):
                 nodes += scope[name].bound
                 declared += scope[name].declared
                 if scope is not here:  # pyflakes takes what an alias stands for as used, too
-                    self.read_outside[id(here), getattr(scope[name], "fullName", "")].append(unit)
+                    self.uses += [(unit, [MODULE], (function, other), 0)
+                                  for other in self.kinds[name] if other and other != name]
             sees_class &= isinstance(scope, (checker.TypeScope, checker.ComprehensionScope))
-        if nodes and not here.get(name, Unbound).bound:
-            self.read_outside[key].append(unit)
+        if name in BUILTINS:
+            nodes.append(MODULE)
+            declared.append(MODULE)
+        where = (function if declared else None, name), len(here.get(name, Unbound).bound)
         # What a handler of NameError covers; what a star may have imported; Python 2's `print >> x`
         if "NameError" in self.exceptHandlers[-1]:
             nodes.append(MODULE)
         elif nodes == declared:
             nodes += self.scopeStack[0].get("*", Unbound).bound
-        if name == "print" and isinstance(getattr(parent, "op", None), ast.RShift):
+        if name == "print" and isinstance(parent, ast.BinOp):
             self.program.broken.add(unit)
         # An annotation has two needs: one for the states with that import, one for those without
         if self.future and (self.without_future
                             or self._in_annotation == checker.AnnotationState.BARE):
-            self.uses.append((unit, nodes + self.future, key))
+            self.uses.append((unit, nodes + self.future, *where))
         if self._in_postponed_annotation:
             nodes = nodes + declared
         if not self.without_future:
-            self.uses.append((unit, nodes, key))
+            self.uses.append((unit, nodes, *where))
 
     def handleNodeDelete(self, node):
-        binding = self.scope.get(node.id)
+        key = id(self.scope), node.id
         super().handleNodeDelete(node)
-        unit = self.unit_of(node)
-        if binding and node.id not in self.scope:  # no condition is around it
-            self.uses.append((unit, binding.declared, (None, None)))
-        if (id(self.scope), node.id) in self.globals:  # set again it is an UndefinedLocal
-            self.program.broken.add(unit)
+        if node.id not in self.scope:  # no condition is around it
+            self.binders[key].append(self.unit_of(node))
+            self.deleted.add(key)
 
     def handleAnnotation(self, annotation, node):
-        if self.annotationsFutureEnabled:  # looked at later; where it stands if that falls
+        if annotation and self.annotationsFutureEnabled:  # looked at later; now if that falls
             self.without_future = True
             with self._enter_annotation():
                 self.handleNode(annotation, node)
@@ -392,21 +377,30 @@ class NeedsOfNames(Checker):
 
     def checkDeadScopes(self):
         """In the place of pyflakes' reports on what is unused: what was found goes to the graph."""
-        program, module, globals_after = self.program, self.deadScopes[-1], {}
-        for unit, nodes, (scope, name) in reversed(self.uses):
-            if nodes == "global":  # while it stands, no use of its name before it is an error
-                globals_after[name] = [program.any_of([unit, *globals_after.get(name, [])])]
-                continue
-            if nodes == "export":
+        program, module = self.program, self.deadScopes[-1]
+        for unit, nodes, (function, name), own in self.uses:
+            if nodes is None:
                 nodes = module.get(name, Unbound).declared + module.get("*", Unbound).declared
-            if (scope, name) in self.stored:  # elsewhere it must not be looked for: UndefinedLocal
-                nodes = nodes[:1]
+            if (function, name) in self.binders:  # it is not looked for elsewhere: UndefinedLocal
+                nodes = nodes[:own]
             else:
-                nodes = nodes + globals_after.get(name, [])
+                nodes = nodes + self.globals.get(name, [])
             if nodes:
                 program.need(unit, nodes)
             else:
                 program.broken.add(unit)
+        for key in self.deleted:
+            units = self.binders[key]
+            # What comes after is to see either what the whole program shows it, or nothing; not the
+            # builtin that was hidden, and not a global, which is an UndefinedLocal when set again
+            if key[1] in {*BUILTINS, *self.globals}:
+                program.broken.update(units)
+            for unit, other in zip(units, units[1:] + units[:1]):
+                program.need(unit, [other])
+        for (_, name), units in self.binders.items():
+            # by which of them stand, a string is an annotation or not, an __all__ is one or not
+            if len(self.kinds[name]) > 1 and re.search("True|typing", str(self.kinds[name])):
+                program.broken.update(units)
         program.broken.update(self.unit_of(x) for x in self.messages if isinstance(x, ERRORS))
 
 
