@@ -276,6 +276,8 @@ ENTANGLED = [
     "import sys\nprint >> sys.stderr, 'x'\nprint\n",
     "from __future__ import annotations\ndef f(x=b) -> (b := (lambda c=1: c)): pass\nb = z = 1\n",
     "def f():\n    nonlocal a\n    try:\n        print(a)\n    except OSError as a: pass\nz = 1\n",
+    "b: int\ndef f():\n    try:\n        nonlocal b\n    except (OSError, NameError) as b:\n"
+    "        pass\nz = 1\n",
     "def f(x):\n    len = len(x)\ndel len\nfrom m import *\nz = 1\n",
 ]
 
