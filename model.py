@@ -220,7 +220,7 @@ class GPT(nn.Module):
                  stop_tokens=(), stop=None, check_tokens=(), check=None, batch_size=64,
                  on_token=lambda i, token: None, chunk=0):
         """Continue every prompt; a list of new tokens for each, without the stop token that ended
-        it.
+        it. ValueError on an empty prompt or one that fills block_size.
 
         prompts: lists of token ids. max_new_tokens: of all, or a list. temperature 0 takes the
         likeliest token; else one is drawn from the nucleus of probability `top_p` by a uniform
@@ -228,13 +228,10 @@ class GPT(nn.Module):
         changes nothing but last bits. A row ends at one of `stop_tokens`, when stop(new) is true of
         its new tokens, after max_new_tokens or at block_size; its place goes to the next prompt.
         on_token(i, token) hears of prompt i's tokens as they come, and of its end as None.
-
         When one of `check_tokens` has come, check(i, new) answers None, or how many of the new
         tokens to keep, fewer than there are: the rest is drawn again (on_token hears how many go,
         as a negative number), at temperature 1 where it was 0, until a check answers None.
-
-        chunk: steps between two looks at the tokens; 0: 16 on CUDA, which seldom waits then, else
-        1. ValueError on an empty prompt or one that fills block_size."""
+        chunk: steps between two looks at the tokens; 0: 16 on CUDA, where a look waits, else 1."""
         all_rows, block_size = [], self.config.block_size
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < block_size:
@@ -244,9 +241,7 @@ class GPT(nn.Module):
                                 Random(seeds[i] if seeds else i), []))
         waiting, rows = [row for row in all_rows if row.max_new > 0], []  # rows[s] has slot s
         slots = min(batch_size, len(all_rows))
-        chunk = chunk or (16 if self.wte.weight.is_cuda else 1)
-        longest = max((len(row.prompt) + row.max_new for row in all_rows), default=0)
-        decoder = Decoder(self, slots, longest, top_p, chunk)
+        decoder = Decoder(self, all_rows, slots, top_p, chunk)
 
         def take(row, drawn):
             """Give a row the tokens of a chunk, as far as they hold; True where the row ends."""
@@ -274,15 +269,12 @@ class GPT(nn.Module):
                 admitted, waiting = waiting[:free], waiting[free:]
                 decoder.prefill(len(rows), [row.prompt for row in admitted])
                 rows += admitted
-            drawn = decoder.draw(rows)
-            for s in reversed(range(len(rows))):  # from the end: what moves into a gap is done
-                row = rows[s]
-                if take(row, drawn[s]):
-                    on_token(row.i, None)
+            for s, drawn in reversed([*enumerate(decoder.draw(rows))]):  # what moves has been seen
+                if take(rows[s], drawn):
+                    on_token(rows[s].i, None)
                     last = rows.pop()
-                    if s < len(rows):  # the last row moves into the gap
-                        decoder.cache[:, :, s] = decoder.cache[:, :, len(rows)]
-                        rows[s] = last
+                    if s < len(rows):
+                        rows[s], decoder.cache[:, :, s] = last, decoder.cache[:, :, len(rows)]
         return [row.new for row in all_rows]
 
     # -- Hugging Face's OlmoForCausalLM ------------------------------------------------------------
@@ -346,19 +338,22 @@ def pack_linear(weight, rows):
 
 
 class Decoder:
-    """The cache of `slots` sequences, and the step that feeds each its last token and draws the
-    next. The shapes of a step depend on nothing but how many slots are in use, a bound of their
-    lengths, and whether all are greedy; on CUDA a graph is captured for each."""
+    """The cache of `slots` sequences, with room for the longest of `rows`, and the step that feeds
+    each its last token and draws the next. The shapes of a step depend on nothing but how many
+    slots are in use, a bound of their lengths, and whether all are greedy; on CUDA a graph is
+    captured for each."""
 
-    def __init__(self, model, slots, length, top_p, chunk):
+    def __init__(self, model, rows, slots, top_p, chunk):
         c, w = model.config, model.wte.weight
-        self.top_p, self.chunk, self.graphs, self.pool = top_p, chunk, {}, None
+        self.top_p, self.graphs, self.pool = top_p, {}, None
+        self.chunk = chunk = chunk or (16 if w.is_cuda else 1)
         # Of each slot: its last token, the position of that, its temperature, and the chunk's
         # uniform numbers u_1 ... u_chunk. A step takes u_1 away and puts the token that it draws
         # behind the last; after a chunk these columns are its tokens.
         self.state = torch.zeros(slots, 3 + chunk, device=w.device)
         # a row that ends inside a chunk runs on to the chunk's end
-        length = 64 * math.ceil((length + chunk) / 64)
+        longest = max((len(row.prompt) + row.max_new for row in rows), default=0)
+        length = 64 * math.ceil((longest + chunk) / 64)
         # (layers, keys and values, slots, H, S, D): what a head attends to lies together
         self.cache = torch.zeros(c.n_layer, 2, slots, c.n_head, length, c.n_embd // c.n_head,
                                  dtype=w.dtype, device=w.device)
