@@ -257,8 +257,6 @@ class NeedsOfNames(Checker):
         self.binders = defaultdict(list)  # {(scope, name): units that bind it, or delete it}
         self.deleted = set()  # (scope, name)
         self.kinds = defaultdict(set)  # {name: where it is imported from, whether it is an __all__}
-        self.future = []  # the node of `from __future__ import annotations`
-        self.without_future = False  # an annotation is looked at as if that had fallen
         if source.isascii() and "typing" not in source:  # then no argument of a call is a type
             self.CALL = self.handleChildren
         super().__init__(tree, withDoctest=False)
@@ -266,6 +264,8 @@ class NeedsOfNames(Checker):
     # pyflakes' constructor binds each of these anew: none, handleNodeLoad knows them
     builtIns = property(lambda self: (), lambda self, names: None)
     futuresAllowed, annotationsFutureEnabled = True, False  # until pyflakes says otherwise
+    future = []  # the node of `from __future__ import annotations`
+    without_future = False  # an annotation is looked at as if that had fallen
 
     def unit_of(self, node):
         return self.program.unit_at[node.lineno - 1]
@@ -344,10 +344,11 @@ class NeedsOfNames(Checker):
             declared.append(MODULE)
         where = (function if declared else None, name), len(here.get(name, Unbound).bound)
         # What a handler of NameError covers; what a star may have imported; Python 2's `print >> x`
-        if "NameError" in self.exceptHandlers[-1]:
-            nodes.append(MODULE)
-        elif nodes == declared:
-            nodes += self.scopeStack[0].get("*", Unbound).bound
+        if not nodes:
+            if "NameError" in self.exceptHandlers[-1]:
+                nodes.append(MODULE)
+            elif not declared:
+                nodes += self.scopeStack[0].get("*", Unbound).bound
         if name == "print" and isinstance(parent, ast.BinOp):
             self.program.broken.add(unit)
         # An annotation has two needs: one for the states with that import, one for those without

@@ -278,6 +278,9 @@ ENTANGLED = [
     "def f():\n    nonlocal a\n    try:\n        print(a)\n    except OSError as a: pass\nz = 1\n",
     "b: int\ndef f():\n    try:\n        nonlocal b\n    except (OSError, NameError) as b:\n"
     "        pass\nz = 1\n",
+    "class b: pass\nfrom typing import TypeVar\ntry:\n    c: TypeVar('a', bound='b')\n"
+    "except NameError as c:\n    pass\nz = 1\n",
+    "from typing import TypeVar\nfrom os import *\nc: TypeVar('a b')\nz = 1\n",
     "def f(x):\n    len = len(x)\ndel len\nfrom m import *\nz = 1\n",
 ]
 
