@@ -537,10 +537,9 @@ def main():
     if cfg.warmup_iters >= max_iters:
         say(f"warmup_iters={cfg.warmup_iters:,}: the learning rate rises until the run ends")
     log = open_log(out / "log.jsonl", step if checkpoint else -1) if RANK == 0 else None
-    tracker = None
     if cfg.wandb and RANK == 0:
         import wandb
-        tracker = wandb.init(project=cfg.wandb, config=vars(cfg))
+        wandb.init(project=cfg.wandb, config=vars(cfg))
     stop = []  # the signal that asks us to end: save first
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
@@ -549,8 +548,8 @@ def main():
         line = {"step": step, "tokens": step * step_tokens, **values}
         if log:
             log.write(json.dumps(line) + "\n")
-        if tracker:
-            tracker.log(line, step=step)
+            if cfg.wandb:
+                wandb.log(line, step=step)
 
     def save():
         state = run | {"model": model.state_dict(), "step": step, "best": best,
