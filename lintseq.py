@@ -19,10 +19,10 @@ which satisfies it. So the program is a graph of what needs what, and a line's f
 needs it, and what needs that. This closure is what deleting and linting in turn arrive at, for a
 use is reported in a state just when the last statement that satisfies it has fallen. In rare cases
 the graph is stricter than pyflakes: a name that a function binds is not looked for outside of it
-(nor by Python); a `try` falls with its handler of NameError; what binds a name falls
-with its `del`; what binds a name in ways of several meanings (from typing and from elsewhere) comes
-in with the last edit. The tests look for cases in which it is looser. Drawing the next sequence of
-the same program costs no new pass.
+(nor by Python); a `try` falls with its handler of NameError; what binds a name falls with its
+`del`; what binds a name in ways of several meanings (from typing and from elsewhere, if only from
+typing_extensions) comes in with the last edit. The tests look for cases in which it is looser.
+Drawing the next sequence of the same program costs no new pass.
 
 Where this differs from the published generator, and why it is better data: it deletes statements,
 not lines. A call over five lines, a triple-quoted text, a decorated `def`, a line continued by a
@@ -104,7 +104,7 @@ class Program:
     compound statement (its header; what stands below it are units of their own). The graph's nodes
     are numbers: MODULE, units, and groups of nodes. A unit falls when one of the nodes that it
     needs has fallen, a group when all of its nodes have.
-    ValueError or SyntaxError, with the reason, if the program cannot be written as edits."""
+    Exceptions as of lintseq, if the program cannot be written as edits."""
 
     def __init__(self, source):
         if "\r" in source.replace("\r\n", ""):
@@ -161,9 +161,11 @@ class Program:
         for node in block:
             decorators = getattr(node, "decorator_list", None)
             first = (decorators or [node])[0].lineno - 1
-            # a; \ goes on, a comment's backslash does not; @( may stand above its expression
-            while ((before := self.lines[first - 1]).endswith(("\\", "\\\r"))
-                   and "#" not in before or decorators and "@" not in self.lines[first]):
+            while decorators and self.lines[first].lstrip().find("@"):  # @( stands further up
+                first -= 1
+            # a; \ goes on, and so does a backslash alone; that of a header or comment does not
+            while re.search(r"\\\r?$", before := self.lines[first - 1]) and (
+                    self.unit_at[first - 1] or not before.strip("\\ \t\f\r")):
                 first -= 1
             unit = self.unit_at[first]
             if unit is None:  # else it shares a line: a; b
@@ -414,8 +416,8 @@ def lintseq(source, rng):
     random.Random.
 
     Lines with errors that the program has from the start fall with the first line drawn, so they
-    come in with the last edit (as published). ValueError, SyntaxError or RecursionError, with the
-    reason, where this cannot be done."""
+    come in with the last edit (as published). ValueError or SyntaxError, with the reason, where
+    this cannot be done; RecursionError or MemoryError where it is too deep for the parser."""
     program = parse_program(source)
     supports, broken = program.supports[:], program.broken
     falls = []
@@ -531,15 +533,13 @@ def make_rows(job, cfg):
     index, row = job
     try:
         instruction, response = config.read_pair(row)
-        rng, paths, tries = random.Random(f"{cfg.seed}/{index}"), [], 5
+        rng, paths = random.Random(f"{cfg.seed}/{index}"), []
         for _ in range(cfg.samples):
-            for _ in range(tries):  # a repeated one is drawn again
+            for _ in range(5):  # a repeated one is drawn again
                 path = METHODS[cfg.method](response, rng)
                 if path not in paths:
                     break
-            else:
-                tries = 1  # short programs have only few
-            paths.append(path)
+            paths.append(path)  # short programs have only few
     except Exception as e:  # too deep for the parser, pyflakes' own: the next row can do
         kind = "does not parse: " if isinstance(e, SyntaxError) else ""
         reason = f"{kind}{str(e) or type(e).__name__}"
@@ -613,7 +613,7 @@ def show(path, cfg):
         source = Path(path).read_bytes().decode("utf-8-sig")
         sequence = METHODS[cfg.method](source, random.Random(cfg.seed))
     except Exception as e:  # no such file, no program
-        config.die(f"{path}: {e}")
+        config.die(f"{path}: {str(e) or type(e).__name__}")
     for n, edit in enumerate(sequence, 1):
         print(f"--- edit {n} of {len(sequence)}\n{edit}")
 

@@ -207,6 +207,14 @@ TRICKY = {
     "a comment's backslash":
         "if 1:  # \\\n    b = 1\n    c = 2\nelse:  # \\\n    b = 3\n    c = 4\nprint(b, c)\n",
     "a decorator over lines": "@(\n    print\n)\ndef f(): pass\nx = 1\n",
+    "signs in a decorator over lines":
+        "d = 1\n@(\n    d @ d\n)\ndef f(): pass\n@(  # c\n    # me@x\n    print('@')\n)\n"
+        "class A: pass\nx = 1\n",
+    "backslashes alone":
+        "\\\n@print\n@print\nclass f: pass\nif 1:\n    w = 2\n    \\\n    @print\n"
+        "    def g(): pass\n    \\\n    \\\n    y = 1\nz = 2\n",
+    "a number sign before a backslash":
+        "x = '#'; \\\ny = 2\nz = '#' \\\n; w = 2\nif '#': \\\n  y = '#'; \\\n  z = 2\nv = 1\n",
     "a renamed future": "from __future__ import annotations as a\nx: A\nclass A: pass\n",
     "a global that is deleted and set":
         "x = 1\ndef f():\n    global x\n    print(x)\n    del x\n    x = 1\nz = 1\n",
