@@ -307,7 +307,8 @@ def draw_samples(cfg, journal, samples, model, enc, form, settings):
 def check_harness(cfg, problems):
     """die if a right program fails, or a function that only raises passes: a harness that passes
     nothing, or everything, would go unnoticed. This finds own problems whose tests only define,
-    and call nothing."""
+    and call nothing; and says which tests fail before they call anything (a typo, a package that
+    is not installed), which no program may ever pass."""
     limits = cfg.timeout, cfg.memory_mb
     try:
         right = run_program("f = abs", *limits, "assert f(-1) == 1", cfg.unsafe)
@@ -318,9 +319,11 @@ def check_harness(cfg, problems):
     own = cfg.benchmark_file or cfg.benchmark not in BENCHMARKS
     for p in problems if own else problems[:1]:
         stub = f"def {p['entry_point']}(*_, **__): raise BaseException"
-        if run_program(stub, *limits, p["tests"], cfg.unsafe).passed:
-            die(f"{cfg.benchmark}: the test of {p['task_id']} passes whatever {p['entry_point']} "
-                "does; it must call it: plain assertions, or a check(candidate)")
+        got = run_program(stub, *limits, p["tests"], cfg.unsafe)
+        if "BaseException" not in got.message:  # the stub's own
+            (die if got.passed else say)(
+                f"{cfg.benchmark}: the test of {p['task_id']} ends before it calls {p['entry_point']}"
+                f" (plain assertions do, or a check(candidate)): {got.status} {got.message}")
 
 
 def parse(source):
@@ -367,8 +370,8 @@ def judge(cfg, p, row, form):
         result = run_program(program + "\n", cfg.timeout, cfg.memory_mb, p["tests"], cfg.unsafe)
     return {"sample": row["sample"], "completion": completion, **result._asdict(),
             # an accident is no verdict, and a package may come: the next run judges it again
-            "verdict": verdict if result.status != "lost" and not result.message.startswith(
-                "ModuleNotFoundError") else "",
+            "verdict": verdict if result.status != "lost" and
+            "ModuleNotFoundError" not in result.message else "",
             "parses": parse(source) is not None,
             "lint_clean": not sample.has_errors(source), **counts}
 
@@ -407,9 +410,10 @@ def score(cfg, rows, name, temperature):
     for k in cfg.ks:
         if all(k <= n for n, _ in counts.values()):
             each = [pass_at_k(n, c, k) for n, c in counts.values()]
-            # the sample's standard deviation / sqrt(n)
-            error = statistics.pstdev(each) / math.sqrt(max(1, len(each) - 1))
-            passes[str(k)] = {"mean": statistics.mean(each), "standard_error": error}
+            passes[str(k)] = {
+                "mean": statistics.mean(each),
+                # the sample's standard deviation / sqrt(n)
+                "standard_error": statistics.pstdev(each) / math.sqrt(max(1, len(each) - 1))}
     return {"model": name, "temperature": temperature, "benchmark": cfg.benchmark, "pass@k": passes,
             **{key: sum(row.get(key, 0) for row in rows) for key in SUMS}, "samples": len(rows),
             "status": Counter(row["status"] for row in rows), "correct": counts}

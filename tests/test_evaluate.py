@@ -662,7 +662,23 @@ def test_a_test_that_calls_nothing_is_refused(tmp_path, test):
     status, out, error = call("evaluate.py", "--completions=in.jsonl", "--benchmark=own.jsonl",
                               cwd=tmp_path)
     assert status == 1 and error.count("\n") == 1
-    assert "own.jsonl: the test of own/0 passes whatever f does" in error
+    assert "own.jsonl: the test of own/0 ends before it calls f" in error
+
+
+@pytest.mark.parametrize("test, message", [
+    ("assert f(1) == tow\n", ""),
+    ("import no_such_thing\nassert f(1) == 2\n", "error ModuleNotFound"),
+    ("x = tow\nassert f(1) == 2\n", "error NameError: name 'tow'"),
+    ("try:\n    f()\nexcept TypeError:\n    pass\nassert f(1) == 2\n", "")])
+def test_a_test_that_fails_by_itself_is_named(tmp_path, test, message):
+    """Before it calls anything: no program passes it."""
+    write_jsonl(tmp_path / "own.jsonl", [OWN[1], {**OWN[0], "test": test}])
+    write_jsonl(tmp_path / "in.jsonl", [{"task_id": "own/1", "completion": ""}])
+    status, out, error = run("evaluate.py", "--completions=in.jsonl", "--benchmark=own.jsonl",
+                             "--results=out", "--ks=1", cwd=tmp_path)
+    assert status == 0, error
+    said = [line for line in out.splitlines() if "the test of" in line]
+    assert len(said) == bool(message) and message in "".join(said)
 
 
 def test_a_local_copy_is_looked_at_like_an_own_benchmark(tmp_path):
@@ -671,7 +687,7 @@ def test_a_local_copy_is_looked_at_like_an_own_benchmark(tmp_path):
     write_jsonl(tmp_path / "in.jsonl", [{"task_id": "own/1", "completion": ""}])
     status, out, error = call("evaluate.py", "--completions=in.jsonl", "--benchmark=humaneval",
                               "--benchmark_file=own.jsonl", cwd=tmp_path)
-    assert status == 1 and "humaneval: the test of own/0 passes whatever f does" in error
+    assert status == 1 and "humaneval: the test of own/0 ends before it calls f" in error
 
 
 def test_programs_that_the_linter_fails_on_are_judged_all_the_same(tmp_path):
