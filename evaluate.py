@@ -322,8 +322,8 @@ def check_harness(cfg, problems):
         got = run_program(stub, *limits, p["tests"], cfg.unsafe)
         if "BaseException" not in got.message:  # the stub's own
             (die if got.passed else say)(
-                f"{cfg.benchmark}: the test of {p['task_id']} ends before it calls {p['entry_point']}"
-                f" (plain assertions do, or a check(candidate)): {got.status} {got.message}")
+                f"{cfg.benchmark}: the test of {p['task_id']} ends before it calls "
+                f"{p['entry_point']} (plain assertions do, or a check(candidate)): {got[1:]}")
 
 
 def parse(source):
