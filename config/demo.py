@@ -14,7 +14,7 @@ samples = 3  # edit sequences a program
 # the model
 out_dir = "out-demo"
 block_size = 256
-n_layer, n_head, n_embd = 4, 4, 128
+n_layer, n_head, n_embd = 4, 8, 128  # more heads, fewer lines miscounted
 
 # 16 rows * 256 tokens = 4,096 tokens a step
 batch_size = micro_batch = 16
@@ -32,5 +32,5 @@ log_interval = 20
 temperatures = (0.0, 1.0)
 num_samples = 10
 max_new_tokens = 192
-decode_batch = 128
+decode_batch = 256
 results = "out-demo-eval"
