@@ -318,9 +318,9 @@ def check_harness(cfg, problems):
         die(f"the sandbox does not work here: it judged a right program {right[1:]}")
     own = cfg.benchmark_file or cfg.benchmark not in BENCHMARKS
     for p in problems if own else problems[:1]:
-        stub = f"def {p['entry_point']}(*_, **__): raise BaseException"
-        got = run_program(stub, *limits, p["tests"], cfg.unsafe)
-        if "BaseException" not in got.message:  # the stub's own
+        got = run_program(f"def {p['entry_point']}(*_, **__): raise BaseException",
+                          *limits, p["tests"], cfg.unsafe)
+        if "BaseException" not in got.message:  # it was not called
             (die if got.passed else say)(
                 f"{cfg.benchmark}: the test of {p['task_id']} ends before it calls "
                 f"{p['entry_point']} (plain assertions do, or a check(candidate)): {got[1:]}")
@@ -370,8 +370,8 @@ def judge(cfg, p, row, form):
         result = run_program(program + "\n", cfg.timeout, cfg.memory_mb, p["tests"], cfg.unsafe)
     return {"sample": row["sample"], "completion": completion, **result._asdict(),
             # an accident is no verdict, and a package may come: the next run judges it again
-            "verdict": verdict if result.status != "lost" and
-            "ModuleNotFoundError" not in result.message else "",
+            "verdict": verdict if result.status != "lost" and not result.message.startswith(
+                "ModuleNotFoundError") else "",
             "parses": parse(source) is not None,
             "lint_clean": not sample.has_errors(source), **counts}
 
