@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Literal
 
 from pyflakes import checker, messages
-from pyflakes.checker import Checker, ClassScope, FunctionScope
+from pyflakes.checker import Checker, ClassScope, ComprehensionScope, ExportBinding, FunctionScope
 
 import config
 
@@ -84,11 +84,9 @@ ERRORS = tuple(getattr(messages, name) for name in """
 
 def lint(source):
     """Errors of a program: a list of (line, message), empty if it is clean. SyntaxError or
-    ValueError if it does not parse (RecursionError or MemoryError: too deep for the parser)."""
-    try:
-        found = Checker(ast.parse(source), withDoctest=False).messages
-    except (AttributeError, AssertionError) as e:  # `from a import __all__`, then `__all__ += ...`
-        raise ValueError(f"pyflakes fails: {e}") from None
+    ValueError if it does not parse (RecursionError or MemoryError: too deep for the parser), and
+    what pyflakes raises where it fails itself (`from a import __all__`, then `__all__ += ...`)."""
+    found = Checker(ast.parse(source), withDoctest=False).messages
     return sorted((x.lineno, x.message % x.message_args) for x in found if isinstance(x, ERRORS))
 
 
@@ -120,12 +118,11 @@ class Program:
         self.dependents = []  # of each node: the nodes that lose a support when it falls
         self.supports = []  # of each node: how many of them it must lose to fall
         self.broken = set()  # units with an error from the start
-        self.is_free = [line.strip()[:1] in "#" for line in self.lines]  # "" (blank) or "#"
         self.add_node()
         self.add_block(tree.body, MODULE)
-        self.assign_lines(MODULE, 0, len(self.lines) - 1)
-        self.code = [i for i, unit in enumerate(self.unit_at)  # the lines that can be drawn
-                     if unit != MODULE and not self.is_free[i]]
+        self.assign_lines(MODULE, 0, len(self.lines))
+        self.code = [i for i, line in enumerate(self.lines)  # what can be drawn
+                     if line.strip()[:1] not in "#"]  # neither blank (an empty text) nor a comment
         NeedsOfNames(self, tree, source)
 
     def add_node(self, supports=1):
@@ -136,11 +133,10 @@ class Program:
 
     def any_of(self, nodes):
         """The node that stands as long as one of these does."""
-        nodes = set(nodes)
         if len(nodes) == 1:
-            return nodes.pop()
-        group = self.add_node(len(nodes))
-        for node in nodes:
+            return nodes[0]
+        group = self.add_node(len(set(nodes)))
+        for node in set(nodes):
             self.dependents[node].add(group)
         return group
 
@@ -148,12 +144,19 @@ class Program:
         """Let a unit stand only as long as one of these nodes does."""
         self.dependents[self.any_of(nodes)].add(unit)
 
-    def assign_lines(self, unit, first, last):
-        """Let the lines from `first` to `last` that have no unit fall with this one."""
-        for i in range(first, last + 1):
+    def assign_lines(self, unit, first, end):
+        """Let the lines from `first` to before `end` that have no unit fall with this one."""
+        for i in range(first, end):
             if self.unit_at[i] is None:
                 self.unit_at[i] = unit
                 self.lines_of[unit].append(i)
+
+    def find_end(self, node):
+        """The number of the line after a statement and what a backslash behind it joins to it."""
+        end, column = node.end_lineno, node.end_col_offset
+        while re.match(rb"[\s;]*\\", self.lines[end - 1].encode()[column:]):
+            end, column = end + 1, 0
+        return end
 
     def add_block(self, block, parent):
         """Add the statements of a block, which needs one of them, as they need its header."""
@@ -163,9 +166,7 @@ class Program:
             first = (decorators or [node])[0].lineno - 1
             while decorators and self.lines[first].lstrip().find("@"):  # @( stands further up
                 first -= 1
-            # a; \ goes on, and so does a backslash alone; that of a header or comment does not
-            while re.search(r"\\\r?$", before := self.lines[first - 1]) and (
-                    self.unit_at[first - 1] or not before.strip("\\ \t\f\r")):
+            while self.lines[first - 1].strip() == "\\":  # one alone
                 first -= 1
             unit = self.unit_at[first]
             if unit is None:  # else it shares a line: a; b
@@ -173,7 +174,7 @@ class Program:
                 self.need(unit, [parent])
                 units.append(unit)
             self.add_clauses(node, unit, first)
-            self.assign_lines(unit, first, node.end_lineno - 1)
+            self.assign_lines(unit, first, self.find_end(node))
         self.need(parent, units)
 
     def add_clauses(self, node, first_unit, next_line):
@@ -182,22 +183,23 @@ class Program:
         units = defaultdict(list)
         if isinstance(node, ast.Match):
             next_line = node.subject.end_lineno
-            while not self.lines[next_line].lstrip().startswith("case"):
+            while self.lines[next_line].lstrip().find("case"):
                 next_line += 1
-        for kind, body in clauses_of(node):
+        for kind, body in clauses_of(node, self.lines):
             unit = first_unit
             if kind != "first":
-                while self.is_free[next_line]:
+                while self.lines[next_line].strip()[:1] in "#":
                     next_line += 1
                 unit = self.add_node()
                 self.need(unit, [first_unit])
             units[kind].append(unit)
             if not self.lines[body[0].lineno - 1][:body[0].col_offset].strip():  # not `if x: y`
                 self.add_block(body, unit)
-            self.assign_lines(unit, next_line, body[-1].end_lineno - 1)
-            next_line = body[-1].end_lineno
-        if units["one of"] or units["finally"]:
-            self.need(first_unit, units["one of"] + units["finally"])
+            end = self.find_end(body[-1])
+            self.assign_lines(unit, next_line, end)
+            next_line = end
+        if needed := units["one of"] + units["finally"]:
+            self.need(first_unit, needed)
             for unit in units["else"]:
                 self.need(unit, units["one of"])
 
@@ -216,7 +218,7 @@ class Program:
         return lines
 
 
-def clauses_of(node, kind="first"):
+def clauses_of(node, lines, kind="first"):
     """(kind, its statements) of each clause of a compound statement, of an `if` with all `elif`s.
     The kind "one of": a `try` or `match` needs one of them."""
     if hasattr(node, "body"):
@@ -224,8 +226,8 @@ def clauses_of(node, kind="first"):
     for clause in getattr(node, "handlers", getattr(node, "cases", ())):
         yield "one of", clause.body
     other = getattr(node, "orelse", None)
-    if other and other[0].col_offset == node.col_offset:
-        yield from clauses_of(other[0], "elif")
+    if other and re.match(r"\s*elif\b", lines[other[0].lineno - 1]):
+        yield from clauses_of(other[0], lines, "elif")
     elif other:
         yield "else", other
     if getattr(node, "finalbody", None):
@@ -275,27 +277,28 @@ class NeedsOfNames(Checker):
     def addBinding(self, node, value):
         scope, unit = self.scope, self.unit_of(node)
         if isinstance(value, checker.NamedExprAssignment):
-            if self.without_future:
-                return  # while the import stands, it binds its name later
+            if self.without_future or self._in_annotation:  # that import says when it is bound
+                self.program.broken.add(unit)
             scope = next(s for s in reversed(self.scopeStack)
-                         if not isinstance(s, checker.ComprehensionScope))
+                         if not isinstance(s, ComprehensionScope))
         elif isinstance(value, checker.StarImportation):
             value.name = "*"
         elif self.annotationsFutureEnabled and not self.future:  # this is that import
             self.future = [unit]
-        elif isinstance(value, checker.ExportBinding):
+        elif isinstance(value, ExportBinding):
             self.uses += [(unit, None, (None, name), 0) for name in value.names]
         self.bind(scope, value, unit)
 
     def bind(self, scope, value, unit):
-        old, is_annotation = scope.get(value.name, Unbound), isinstance(value, checker.Annotation)
+        old = scope.get(value.name, Unbound)
         value.names = getattr(value, "names", ())  # pyflakes fails where an __all__ has none
-        self.kinds[value.name].add(
-            getattr(value, "fullName", isinstance(value, checker.ExportBinding)))
+        self.kinds[value.name] |= {
+            getattr(value, "fullName", isinstance(value, ExportBinding)),
+            getattr(value, "source_statement", None)}
         self.binders[id(scope), value.name].append(unit)
         value.declared = [self.program.any_of([unit, *old.declared])]
         value.bound = (
-            old.bound if is_annotation else
+            old.bound if isinstance(value, checker.Annotation) else
             value.declared if old.bound == old.declared else
             [self.program.any_of([unit, *old.bound])])
         scope[value.name] = value
@@ -340,18 +343,18 @@ class NeedsOfNames(Checker):
                 if scope is not here:  # pyflakes takes what an alias stands for as used, too
                     self.uses += [(unit, [MODULE], (function, other), 0)
                                   for other in self.kinds[name] if other and other != name]
-            sees_class &= isinstance(scope, (checker.TypeScope, checker.ComprehensionScope))
-        if name in BUILTINS:
-            nodes.append(MODULE)
-            declared.append(MODULE)
-        where = (function if declared else None, name), len(here.get(name, Unbound).bound)
-        # What a handler of NameError covers; what a star may have imported; Python 2's `print >> x`
-        if not nodes:
-            if "NameError" in self.exceptHandlers[-1]:
+            sees_class &= isinstance(scope, (checker.TypeScope, ComprehensionScope))
+        # What else it may be; but one of typing's must stand: some strings are annotations by it
+        if "typing" not in str(self.kinds[name]):
+            if name in BUILTINS:
                 nodes.append(MODULE)
-            elif not declared:
+                declared.append(MODULE)
+            if not nodes and "NameError" in self.exceptHandlers[-1]:
+                nodes.append(MODULE)
+            elif not declared:  # a star may have imported it
                 nodes += self.scopeStack[0].get("*", Unbound).bound
-        if name == "print" and isinstance(parent, ast.BinOp):
+        where = (function if declared else None, name), len(here.get(name, Unbound).bound)
+        if name == "print" and isinstance(parent, ast.BinOp):  # Python 2's print >> x
             self.program.broken.add(unit)
         # An annotation has two needs: one for the states with that import, one for those without
         if self.future and (self.without_future
@@ -370,10 +373,9 @@ class NeedsOfNames(Checker):
             self.deleted.add(key)
 
     def handleAnnotation(self, annotation, node):
-        if annotation and self.annotationsFutureEnabled:  # looked at later; now if that falls
+        if self.annotationsFutureEnabled:  # it is looked at later; but now, if that falls
             self.without_future = True
-            with self._enter_annotation():
-                self.handleNode(annotation, node)
+            self.handleNode(annotation, node)
             self.without_future = False
         super().handleAnnotation(annotation, node)
 
@@ -397,11 +399,12 @@ class NeedsOfNames(Checker):
             # builtin that was hidden, and not a global, which is an UndefinedLocal when set again
             if key[1] in {*BUILTINS, *self.globals}:
                 program.broken.update(units)
-            for unit, other in zip(units, units[1:] + units[:1]):
-                program.need(unit, [other])
+            for unit in units:
+                program.need(unit, units[:1])
+                program.need(units[0], [unit])
         for (_, name), units in self.binders.items():
             # by which of them stand, a string is an annotation or not, an __all__ is one or not
-            if len(self.kinds[name]) > 1 and re.search("True|typing", str(self.kinds[name])):
+            if len(self.kinds[name]) > 2 and re.search("True|typing", str(self.kinds[name])):
                 program.broken.update(units)
         program.broken.update(self.unit_of(x) for x in self.messages if isinstance(x, ERRORS))
 
@@ -528,18 +531,21 @@ def apply_edits(text):
 # -- In bulk --------------------------------------------------------------------------------------
 
 def make_rows(job, cfg):
-    """The output rows, as text, of a row of the source, an (index, row or the ValueError that it
+    """The output rows, as text, of a row of the source, a (number, row or the ValueError that it
     is); and a tally for the report. A row that is skipped gives the row of the list of those."""
     index, row = job
+    index -= 1
     try:
         instruction, response = config.read_pair(row)
-        rng, paths = random.Random(f"{cfg.seed}/{index}"), []
+        rng, paths, tries = random.Random(f"{cfg.seed}/{index}"), [], 5
         for _ in range(cfg.samples):
-            for _ in range(5):  # a repeated one is drawn again
+            for _ in range(tries):  # a repeated one is drawn again
                 path = METHODS[cfg.method](response, rng)
                 if path not in paths:
                     break
-            paths.append(path)  # short programs have only few
+            else:
+                tries = 1  # short programs have only few
+            paths.append(path)
     except Exception as e:  # too deep for the parser, pyflakes' own: the next row can do
         kind = "does not parse: " if isinstance(e, SyntaxError) else ""
         reason = f"{kind}{str(e) or type(e).__name__}"
@@ -553,12 +559,12 @@ def make_rows(job, cfg):
 
 def make_all_rows(jobs, cfg):
     """What make_rows returns of each job, in their order."""
-    make, workers = partial(make_rows, cfg=cfg), cfg.workers or config.CPUS
-    if workers == 1:
+    make = partial(make_rows, cfg=cfg)
+    if cfg.workers == 1:
         yield from map(make, jobs)
         return
-    with config.start_pool(workers, warnings.simplefilter, "ignore") as pool:
-        while block := list(islice(jobs, 256 * workers)):  # so many are in memory
+    with config.start_pool(cfg.workers, warnings.simplefilter, "ignore") as pool:
+        while block := list(islice(jobs, 256 * config.CPUS)):  # so many are in memory
             yield from pool.map(make, block, chunksize=16)
 
 
@@ -573,13 +579,12 @@ def write_edits(cfg):
         files = out, skipped
         state = Path(f"{dest}.state.json")
         try:
-            found = out.tell() or state.exists()
             was, sizes, counts, finished = (
-                json.loads(state.read_bytes()) if found else (settings, [0, 0], {}, False))
-            fits = was == settings and all(f.tell() >= size for f, size in zip(files, sizes))
-        except Exception:  # missing, broken
-            fits = False
-        if not fits:
+                json.loads(state.read_bytes()) if out.tell() or state.exists()
+                else (settings, [0, 0], {}, False))
+            if was != settings or any(f.tell() < size for f, size in zip(files, sizes)):
+                raise ValueError
+        except Exception:  # missing, broken, of another run
             config.die(f"{dest} is of other settings, of {cfg.source} before it changed, or not as "
                        f"a run left it (see {state.name}): choose another --dest")
         if not finished:
@@ -592,10 +597,9 @@ def write_edits(cfg):
             sizes = [f.tell() for f in files]  # it flushes
             config.write_whole(state, json.dumps([settings, sizes, counts, finished]).encode())
 
-        mine = ((n - 1, row) for n, row in config.read_rows(cfg.source)
-                if (n - 1) % config.WORLD == config.RANK)
-        rows = make_all_rows(islice(mine, counts["rows"], None), cfg)
-        for text, tally in tqdm(rows, initial=counts["rows"], unit=" programs"):
+        jobs = islice(config.read_rows(cfg.source), config.RANK + config.WORLD * counts["rows"],
+                      None, config.WORLD)
+        for text, tally in tqdm(make_all_rows(jobs, cfg), initial=counts["rows"], unit=" programs"):
             if counts["rows"] % 1000 == 0:
                 save()
             (out if "programs" in tally else skipped).write(text)
