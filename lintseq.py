@@ -105,8 +105,9 @@ class Program:
     Exceptions as of lintseq, if the program cannot be written as edits."""
 
     def __init__(self, source):
-        if "\r" in source.replace("\r\n", ""):
-            raise ValueError("a carriage return within a line")
+        if re.search(r"\r(?!\n)|\\\n\n(?s:.+)[^\n]\Z", source):  # the latter may end a state
+            raise ValueError("a carriage return within a line, or an empty line after a backslash "
+                             "in a text without a newline at the end")
         if source.count("\n") >= MAX_LINES:
             raise ValueError(f"more than {MAX_LINES} lines")
         tree = ast.parse(source)

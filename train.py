@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from bisect import bisect_left, insort
+from collections import defaultdict
 from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
@@ -317,36 +318,43 @@ def make_model(cfg, meta, checkpoint):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Keller Jordan, 2024): each matrix moves along the orthogonal matrix nearest to its
-    Nesterov momentum, found by five Newton-Schulz steps. torch.optim.Muon does so in bfloat16; this
-    one in float32 on a CPU, and it cuts fused weights into their `pieces` (q, k, v; gate, up). An
-    update is scaled by sqrt(rows / columns) where that is above 1."""
+    Nesterov momentum, found by five Newton-Schulz steps, for all matrices of a shape at once.
+    torch.optim.Muon takes one after the other, in bfloat16; this one is in float32 on a CPU, and it
+    cuts fused weights into their `pieces` (q, k, v; gate, up). An update is scaled by sqrt(rows /
+    columns) where that is above 1."""
 
     def __init__(self, params, lr, weight_decay):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, pieces=1))
 
     @torch.no_grad()
     def step(self):
+        alike = defaultdict(list)  # {(rows, columns), the fewer first: of (matrix, update, rate)}
         for group in self.param_groups:
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
-                update = torch.stack(p.grad.lerp(momentum, 0.95).chunk(group["pieces"]))
-                _, rows, columns = update.shape
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(orthogonalize(update).view_as(p),
-                       alpha=group["lr"] * max(1, rows / columns) ** 0.5)
+                for matrix, update in zip(*(t.chunk(group["pieces"])
+                                            for t in (p, p.grad.lerp(momentum, 0.95)))):
+                    rows, columns = matrix.shape
+                    rate = group["lr"] * max(1, rows / columns) ** 0.5
+                    if rows > columns:  # the smaller products
+                        matrix, update = matrix.mT, update.mT
+                    alike[matrix.shape].append((matrix, update, rate))
+        for matrices, updates, rates in (zip(*group) for group in alike.values()):
+            for matrix, update, rate in zip(matrices, orthogonalize(torch.stack(updates)), rates):
+                matrix.sub_(update, alpha=rate)
 
 
 def orthogonalize(g):
-    """Newton-Schulz iteration towards U V^T of each (n, m) matrix of g (B, n, m), with Muon's
+    """Newton-Schulz iteration towards U V^T of each matrix of g (B, n, m), n <= m, with Muon's
     quintic."""
-    if g.size(1) > g.size(2):  # the smaller product
-        return orthogonalize(g.mT).mT
     x = g.bfloat16() if g.is_cuda else g.float()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
     return x.to(g.dtype)
 
 
