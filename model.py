@@ -44,8 +44,8 @@ class GPTConfig:
 # -- The forward pass ------------------------------------------------------------------------------
 
 def norm(x):
-    """LayerNorm without weight or bias, OLMo's."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-5)
+    """LayerNorm without weight or bias, OLMo's (eps=1e-5, torch's default)."""
+    return F.layer_norm(x, x.shape[-1:])
 
 
 def rotate(x, cos, sin):
@@ -66,10 +66,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, mask, cache):
-        """x: (B, T, C). rope: cos and sin, (1, T, D) or (B, 1, T, D). mask: (B, 1, T, S), None is
-        causal. cache: None, or (keys_values, slots, positions): this call's keys and values are
-        written to keys_values (2, slots, H, S, D) at [:, slots, :, positions]. Prefill (mask None)
-        does no more with it; decoding (a mask) attends to what the first B slots hold."""
+        """x: (B, T, C). rope: cos and sin, (2, 1, T, D) or (2, B, 1, T, D). mask: (B, 1, T, S), or
+        None for causal. cache: None, or (keys_values, slots, positions): this call's keys and
+        values are written to keys_values (2, slots, H, S, D) at [:, slots, :, positions]. Prefill
+        (mask None) does no more with it; decoding (a mask) attends to what the first B slots
+        hold."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
@@ -157,9 +158,9 @@ class GPT(nn.Module):
         positions = torch.arange(config.block_size, dtype=torch.double, device="cpu")
         pairs = positions.new_tensor(range(half))
         angles = torch.outer(positions, config.rope_theta ** (-pairs / half))  # (T, D / 2)
-        cos, sin = angles.cos().float(), angles.sin().float()
-        self.register_buffer("cos", torch.cat((cos, cos), 1), persistent=False)  # (T, D)
-        self.register_buffer("sin", torch.cat((-sin, sin), 1), persistent=False)
+        cos, sin = angles.cos(), angles.sin()
+        rope = torch.cat((torch.stack((cos, -sin)), torch.stack((cos, sin))), -1)
+        self.register_buffer("rope", rope.float(), persistent=False)  # cos and sin, (2, T, D)
         for name, p in self.named_parameters():
             # the residual stream sums up 2 * n_layer outputs: its variance is to stay
             into_residual = name.endswith(("proj.weight", "down.weight"))
@@ -180,7 +181,7 @@ class GPT(nn.Module):
         (every matrix; the tied embedding counts once, as the output layer: the look-up is free),
         and 12 * n_layer * n_embd * length / 2 for causal attention (queries x keys and weights x
         values, forward and twice that backward)."""
-        matrices = self.num_params() - (0 if self.config.tied else self.wte.weight.numel())
+        matrices = self.num_params() - (not self.config.tied) * self.wte.weight.numel()
         return 6 * matrices + 6 * self.config.n_layer * self.config.n_embd * length
 
     def forward(self, idx, targets=None, segments=None):
@@ -195,9 +196,8 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are longer than block_size={self.config.block_size}")
         mask = None
-        if segments is not None:
-            same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
-            mask = same.tril()
+        if segments is not None:  # (B, 1, T, T)
+            mask = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
         x = self.hidden(idx, torch.arange(T, device=idx.device), mask)
         if targets is None:
             return F.linear(x, self.head), None
@@ -209,8 +209,9 @@ class GPT(nn.Module):
         """The final norm's output, (B, T, C), for idx (B, T) at `positions`, (T,) or (B or 1,
         T)."""
         x = self.wte(idx)
-        at = positions.clamp(max=len(self.cos) - 1)  # a chunk of tokens may run past it, in vain
-        rope = [table[at].unsqueeze(-3).to(x.dtype) for table in (self.cos, self.sin)]
+        # a chunk of tokens may run past the last, in vain
+        at = positions.clamp(max=self.config.block_size - 1)
+        rope = self.rope[:, at].unsqueeze(-3).to(x.dtype)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, None if cache is None else (cache[i], slots, positions))
         return norm(x)
@@ -353,7 +354,7 @@ class Decoder:
         self.state = torch.zeros(slots, 3 + chunk, device=w.device)
         # a row that ends inside a chunk runs on to the chunk's end
         longest = max((len(row.prompt) + row.max_new for row in rows), default=0)
-        length = 64 * math.ceil((longest + chunk) / 64)
+        length = longest + chunk + 64  # and what draw rounds up
         # (layers, keys and values, slots, H, S, D): what a head attends to lies together
         self.cache = torch.zeros(c.n_layer, 2, slots, c.n_head, length, c.n_embd // c.n_head,
                                  dtype=w.dtype, device=w.device)
@@ -399,8 +400,8 @@ class Decoder:
             [(row.new or row.prompt)[-1], at, row.temperature]
             + [row.random.random() for _ in range(self.chunk)] for row, at in zip(rows, positions)])
         # on CUDA few shapes, few graphs: a slot without a row is fed a token at position 0, in vain
-        n = len(self.state if cuda else rows)
-        limit = 64 * math.ceil((max(positions) + self.chunk) / 64)
+        n, unit = len(self.state if cuda else rows), 64 if cuda else 16
+        limit = unit * math.ceil((max(positions) + self.chunk) / unit)
         shape = n, limit, not any(row.temperature for row in rows)
         for _ in range(self.chunk):
             if shape in self.graphs:
@@ -421,7 +422,9 @@ def sample_tokens(logits, temperatures, top_p, u):
     that hold top_p."""
     best, likeliest = logits.max(-1, keepdim=True)
     p = ((logits - best) / temperatures.clamp(min=1e-6)[:, None]).softmax(-1)
-    p, order = p.sort(-1, descending=True)
+    # on a CPU without those that cannot be in: even 100,000 of them hold less than 1 - top_p
+    p, order = (p.topk(int((p > (1 - top_p) * 1e-5).sum(-1).max())) if p.is_cpu else
+                p.sort(-1, descending=True))
     p = p * (p.cumsum(-1) - p < max(top_p, 1e-9))  # the likeliest is always in
     cumulative = p.cumsum(-1)
     u = u.clamp(max=0.99999994)[:, None] * cumulative[:, -1:]  # float32 rounds 1 - 2 ** -53 to 1

@@ -349,8 +349,9 @@ def test_clean_on_what_pyflakes_tests():
 
 @pytest.mark.parametrize("source, reason", [
     ("x = 1\ry = 2\n", "carriage return"),
-    ("x = 1 \\\n\ny = 2", "empty line after a backslash"), ("# only\n\n# comments\n", "no line of code"),
-    ("", "no line of code"), ("x = (\n", "never closed"), ("\0", "null byte"),
+    ("x = 1 \\\n\ny = 2", "empty line after a backslash"),
+    ("# only\n\n# comments\n", "no line of code"), ("", "no line of code"),
+    ("x = (\n", "never closed"), ("\0", "null byte"),
     ("x = 1\n" * 100_000, "more than 100000 lines")])
 def test_what_cannot_be_written_is_refused_with_the_reason(source, reason):
     for method in (lintseq.lintseq, lintseq.randseq):

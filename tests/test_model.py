@@ -286,3 +286,19 @@ def test_sampling_follows_the_nucleus():
     assert len(set(even.tolist())) == 1
     last = sample_tokens(p.log().expand(2, 4), torch.ones(2), 0.7, torch.tensor([1 - 2**-53, 1.0]))
     assert last.tolist() == [3, 3]  # not what lies outside of the nucleus
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.95, 0.9999, 1.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 5.0])  # from flat to peaked
+def test_drawn_are_the_inverse_of_the_sorted_distribution(top_p, spread):
+    torch.manual_seed(1)
+    logits, u = torch.randn(200, 5000) * spread + torch.arange(5000) * -1e-6, torch.rand(200)
+    drawn = sample_tokens(logits, torch.ones(200), top_p, u)
+    p, order = logits.double().softmax(-1).sort(dim=-1, descending=True)
+    nucleus = p * (p.cumsum(-1) - p < top_p)
+    nucleus /= nucleus.sum(-1, keepdim=True)
+    place = (order == drawn[:, None]).int().argmax(-1, keepdim=True)
+    share = nucleus.gather(1, place)[:, 0]
+    reach = nucleus.cumsum(-1).gather(1, place)[:, 0]
+    assert (reach > u - 2e-3).all() and (reach - share < u + 2e-3).all()
+    assert share.gt(0).float().mean() > 0.99  # up to rounding at its edge
