@@ -115,7 +115,8 @@ def complete(model, enc, form, prompts, *, max_new_tokens, temperature, top_p, s
         return text
 
     def stopped(new):  # a stop string ends in the last token, so it begins in the last few
-        return any(string in decode(enc, new[-24:]) for string in stop)
+        text = decode(enc, new[-24:])
+        return any(string in text for string in stop)
 
     def on_token(j, token):
         i = fits[j]  # generate has only the prompts that fit

@@ -30,9 +30,6 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import config  # before torch: it says how its threads wait
-from config import LOCAL_RANK, RANK, WORLD, die, say
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,6 +37,8 @@ import torch.distributed as dist
 # hold the process group, whose threads then abort the end of Python
 import torch.distributed.nn
 
+import config
+from config import LOCAL_RANK, RANK, WORLD, die, say
 from model import GPT, GPTConfig, one_line
 
 DATA = Path("data")

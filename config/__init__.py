@@ -43,12 +43,6 @@ from typing import get_args
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 2 ** 31 - 1
 
-# On a CPU, OpenMP's threads spin while their partner waits for a core, by default for milliseconds.
-# A tenth of a millisecond is enough between two steps of a small model (see adapt_threads). Read
-# when torch is loaded, so scripts import this before it.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # GNU's runtime, which torch's wheels bring
-
 # -- Ranks: torchrun's variables, else those that srun gives each task of a step -------------------
 
 if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a batch script has none

@@ -244,9 +244,9 @@ def imports_of(tree):
 
 
 def stdlib_pairs():
-    """Yield {instruction, response} from the standard library: each module-level function that has
-    a docstring and needs nothing but builtins and imports, as "docstring to function", without its
-    docstring, with the imports."""
+    """Yield {instruction, response} from the standard library: each module-level function of up to
+    ten lines that has a docstring and needs nothing but builtins and imports, as "docstring to
+    function", without its docstring, with the imports. Longer ones the demo's block_size cuts."""
     seen = set()
     for path in stdlib_files():
         try:
@@ -264,9 +264,11 @@ def stdlib_pairs():
                              + lines[first.end_lineno:node.end_lineno])
             used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & set(imports)
             code = "".join(imports[name] for name in sorted(used)) + ("\n" if used else "") + code
+            if code.count("\n") >= 10 or len(summary) < 20:
+                continue
             body = ast.dump(ast.Module(node.body[1:], []))
             try:
-                clean = len(summary) >= 20 and "Global(" not in body and not lintseq.lint(code)
+                clean = "Global(" not in body and not lintseq.lint(code)
             except SyntaxError:
                 continue
             if clean and body not in seen:

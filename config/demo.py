@@ -14,10 +14,10 @@ samples = 3  # edit sequences a program
 # the model
 out_dir = "out-demo"
 block_size = 256
-n_layer, n_head, n_embd = 4, 8, 128  # more heads, fewer lines miscounted
+n_layer, n_head, n_embd = 4, 4, 128
 
-# 16 rows * 256 tokens = 4,096 tokens a step
-batch_size = micro_batch = 16
+# 8 rows * 256 tokens = 2,048 tokens a step: smaller steps, more of them, learn more from a token
+batch_size = micro_batch = 8
 max_iters = 100
 optimizer = "muon"
 learning_rate = 3e-3
@@ -26,11 +26,12 @@ warmup_iters = 20
 weight_decay = 0.01
 eval_interval = 50
 eval_rows = 128
-log_interval = 20
+log_interval = 50
 
 # the scores
 temperatures = (0.0, 1.0)
-num_samples = 10
+num_samples = 5
+ks = (1, 5)
 max_new_tokens = 192
 decode_batch = 256
 results = "out-demo-eval"

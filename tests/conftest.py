@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import config  # noqa: E402  before torch: it says how its threads wait
+import config  # noqa: E402
 import torch  # noqa: E402
 torch.set_num_threads(2)
 
