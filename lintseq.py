@@ -105,15 +105,16 @@ class Program:
     Exceptions as of lintseq, if the program cannot be written as edits."""
 
     def __init__(self, source):
-        if re.search(r"\r(?!\n)|\\\n\n(?s:.+)[^\n]\Z", source):  # the latter may end a state
+        # the latter may end a state, which is no Python
+        if re.search(r"\r(?!\n)|\\\r?\n(?=\n)(?!(?s:.*)\n\Z)", source):
             raise ValueError("a carriage return within a line, or an empty line after a backslash "
                              "in a text without a newline at the end")
-        if source.count("\n") >= MAX_LINES:
+        self.lines = source.split("\n")
+        if len(self.lines) > MAX_LINES:
             raise ValueError(f"more than {MAX_LINES} lines")
         tree = ast.parse(source)
         if not tree.body:
             raise ValueError("no line of code")
-        self.lines = source.split("\n")
         self.unit_at = [None] * len(self.lines)  # the unit that a line falls with
         self.lines_of = []  # of each node: the lines that fall with it
         self.dependents = []  # of each node: the nodes that lose a support when it falls
@@ -122,8 +123,8 @@ class Program:
         self.add_node()
         self.add_block(tree.body, MODULE)
         self.assign_lines(MODULE, 0, len(self.lines))
-        self.code = [i for i, line in enumerate(self.lines)  # what can be drawn
-                     if line.strip()[:1] not in "#"]  # neither blank (an empty text) nor a comment
+        self.code = [i for i, line in enumerate(self.lines)  # what can be drawn: no blank line,
+                     if line.strip("\\ \t\f\v\r")[:1] not in "#"]  # no backslash alone, no comment
         NeedsOfNames(self, tree, source)
 
     def add_node(self, supports=1):
@@ -153,7 +154,7 @@ class Program:
                 self.lines_of[unit].append(i)
 
     def find_end(self, node):
-        """The number of the line after a statement and what a backslash behind it joins to it."""
+        """The index of the line after a statement and after what a backslash behind it joins."""
         end, column = node.end_lineno, node.end_col_offset
         while re.match(rb"[\s;]*\\", self.lines[end - 1].encode()[column:]):
             end, column = end + 1, 0
@@ -167,7 +168,7 @@ class Program:
             first = (decorators or [node])[0].lineno - 1
             while decorators and self.lines[first].lstrip().find("@"):  # @( stands further up
                 first -= 1
-            while self.lines[first - 1].strip() == "\\":  # one alone
+            while self.lines[first - 1].strip() == "\\":  # alone in its line; the last is none
                 first -= 1
             unit = self.unit_at[first]
             if unit is None:  # else it shares a line: a; b
@@ -261,7 +262,7 @@ class NeedsOfNames(Checker):
         self.globals = defaultdict(list)  # {name: units that declare it global}
         self.binders = defaultdict(list)  # {(scope, name): units that bind it, or delete it}
         self.deleted = set()  # (scope, name)
-        self.kinds = defaultdict(set)  # {name: where it is imported from, whether it is an __all__}
+        self.kinds = defaultdict(set)  # {name: imported from where, is it an __all__; by what}
         if source.isascii() and "typing" not in source:  # then no argument of a call is a type
             self.CALL = self.handleChildren
         super().__init__(tree, withDoctest=False)
@@ -278,7 +279,7 @@ class NeedsOfNames(Checker):
     def addBinding(self, node, value):
         scope, unit = self.scope, self.unit_of(node)
         if isinstance(value, checker.NamedExprAssignment):
-            if self.without_future or self._in_annotation:  # that import says when it is bound
+            if self.without_future or self._in_annotation:  # it hangs on that import when, if ever
                 self.program.broken.add(unit)
             scope = next(s for s in reversed(self.scopeStack)
                          if not isinstance(s, ComprehensionScope))
@@ -293,7 +294,7 @@ class NeedsOfNames(Checker):
     def bind(self, scope, value, unit):
         old = scope.get(value.name, Unbound)
         value.names = getattr(value, "names", ())  # pyflakes fails where an __all__ has none
-        self.kinds[value.name] |= {
+        self.kinds[value.name] |= {  # two for each kind
             getattr(value, "fullName", isinstance(value, ExportBinding)),
             getattr(value, "source_statement", None)}
         self.binders[id(scope), value.name].append(unit)
@@ -345,7 +346,7 @@ class NeedsOfNames(Checker):
                     self.uses += [(unit, [MODULE], (function, other), 0)
                                   for other in self.kinds[name] if other and other != name]
             sees_class &= isinstance(scope, (checker.TypeScope, ComprehensionScope))
-        # What else it may be; but one of typing's must stand: some strings are annotations by it
+        # A name of typing's must stand: by it some strings are annotations. What else one may be:
         if "typing" not in str(self.kinds[name]):
             if name in BUILTINS:
                 nodes.append(MODULE)
@@ -533,7 +534,7 @@ def apply_edits(text):
 
 def make_rows(job, cfg):
     """The output rows, as text, of a row of the source, a (number, row or the ValueError that it
-    is); and a tally for the report. A row that is skipped gives the row of the list of those."""
+    is); and a tally for the report. A skipped row gives a row for the list of those."""
     index, row = job
     index -= 1
     try:

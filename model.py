@@ -71,8 +71,8 @@ class Attention(nn.Module):
         values are written to keys_values (2, slots, H, S, D) at [:, slots, :, positions]. Prefill
         (mask None) does no more with it; decoding (a mask) attends to what the first B slots
         hold."""
-        B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache:
@@ -83,7 +83,7 @@ class Attention(nn.Module):
             if mask is not None:
                 k, v = keys_values[:, :B, :, :mask.size(-1)]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -95,7 +95,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)
 
 
@@ -153,9 +153,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = None if config.tied else nn.Linear(
             config.n_embd, config.vocab_size, bias=False)
-        # On the CPU, also under torch.device("meta"): from_pretrained does not replace the tables
+        # On the CPU, also under torch.device("meta"): from_pretrained does not replace `rope`
         half = config.n_embd // config.n_head // 2
-        positions = torch.arange(config.block_size, dtype=torch.double, device="cpu")
+        # twice: a row that is full runs on to the end of its chunk of tokens, in vain
+        positions = torch.arange(2 * config.block_size, dtype=torch.double, device="cpu")
         pairs = positions.new_tensor(range(half))
         angles = torch.outer(positions, config.rope_theta ** (-pairs / half))  # (T, D / 2)
         cos, sin = angles.cos(), angles.sin()
@@ -182,7 +183,7 @@ class GPT(nn.Module):
         and 12 * n_layer * n_embd * length / 2 for causal attention (queries x keys and weights x
         values, forward and twice that backward)."""
         matrices = self.num_params() - (not self.config.tied) * self.wte.weight.numel()
-        return 6 * matrices + 6 * self.config.n_layer * self.config.n_embd * length
+        return 6 * (matrices + self.config.n_layer * self.config.n_embd * length)
 
     def forward(self, idx, targets=None, segments=None):
         """idx: (B, T) int64, T <= block_size. Returns (logits, loss).
@@ -209,9 +210,7 @@ class GPT(nn.Module):
         """The final norm's output, (B, T, C), for idx (B, T) at `positions`, (T,) or (B or 1,
         T)."""
         x = self.wte(idx)
-        # a chunk of tokens may run past the last, in vain
-        at = positions.clamp(max=self.config.block_size - 1)
-        rope = self.rope[:, at].unsqueeze(-3).to(x.dtype)
+        rope = self.rope[:, positions].unsqueeze(-3).to(x.dtype)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, None if cache is None else (cache[i], slots, positions))
         return norm(x)
@@ -232,7 +231,7 @@ class GPT(nn.Module):
         When one of `check_tokens` has come, check(i, new) answers None, or how many of the new
         tokens to keep, fewer than there are: the rest is drawn again (on_token hears how many go,
         as a negative number), at temperature 1 where it was 0, until a check answers None.
-        chunk: steps between two looks at the tokens; 0: 16 on CUDA, where a look waits, else 1."""
+        chunk: steps between two looks at the tokens, at most block_size; 0: 1, but 16 on CUDA."""
         all_rows, block_size = [], self.config.block_size
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < block_size:
@@ -352,12 +351,11 @@ class Decoder:
         # uniform numbers u_1 ... u_chunk. A step takes u_1 away and puts the token that it draws
         # behind the last; after a chunk these columns are its tokens.
         self.state = torch.zeros(slots, 3 + chunk, device=w.device)
-        # a row that ends inside a chunk runs on to the chunk's end
         longest = max((len(row.prompt) + row.max_new for row in rows), default=0)
-        length = longest + chunk + 64  # and what draw rounds up
-        # (layers, keys and values, slots, H, S, D): what a head attends to lies together
-        self.cache = torch.zeros(c.n_layer, 2, slots, c.n_head, length, c.n_embd // c.n_head,
-                                 dtype=w.dtype, device=w.device)
+        # (layers, keys and values, slots, H, S, D): what a head attends to lies together. A row
+        # that ends inside a chunk runs on to the chunk's end; draw rounds up, by less than 64.
+        self.cache = torch.zeros(c.n_layer, 2, slots, c.n_head, longest + chunk + 64,
+                                 c.n_embd // c.n_head, dtype=w.dtype, device=w.device)
         self.model, self.head = model, lambda x: F.linear(x, model.head)
         if w.is_cpu and w.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             shared = {id(p): p for p in model.parameters()}  # they are not copied
@@ -417,19 +415,19 @@ class Decoder:
 
 
 def sample_tokens(logits, temperatures, top_p, u):
-    """One token a row. logits: (B, V) float32; temperatures: (B,), 0 is argmax; u: (B,) uniform in
-    [0, 1). The inverse of the cumulative distribution over the nucleus: the fewest likeliest tokens
-    that hold top_p."""
+    """One token a row. logits: (B, V) float32; temperatures: (B,), 0 is argmax, and so is a top_p
+    of 0; u: (B,) uniform in [0, 1). The inverse of the cumulative distribution over the nucleus:
+    the fewest likeliest tokens that hold top_p, and those as likely as the last of them."""
     best, likeliest = logits.max(-1, keepdim=True)
     p = ((logits - best) / temperatures.clamp(min=1e-6)[:, None]).softmax(-1)
-    # on a CPU without those that cannot be in: even 100,000 of them hold less than 1 - top_p
-    p, order = (p.topk(int((p > (1 - top_p) * 1e-5).sum(-1).max())) if p.is_cpu else
-                p.sort(-1, descending=True))
-    p = p * (p.cumsum(-1) - p < max(top_p, 1e-9))  # the likeliest is always in
-    cumulative = p.cumsum(-1)
-    u = u.clamp(max=0.99999994)[:, None] * cumulative[:, -1:]  # float32 rounds 1 - 2 ** -53 to 1
-    drawn = order.gather(1, torch.searchsorted(cumulative, u, right=True))
-    return torch.where(temperatures[:, None] == 0, likeliest, drawn).squeeze(1)
+    # On a CPU without those that cannot be in the nucleus: all of them hold less than 1 - top_p
+    sorted_p = (p.topk(int((p >= (1 - top_p) / 2 / p.size(-1)).sum(-1).max())) if p.is_cpu else
+                p.sort(-1, descending=True)).values
+    inside = sorted_p.cumsum(-1) - sorted_p <= top_p  # the likeliest always is
+    cumulative = (p * (p >= sorted_p.gather(1, inside.sum(-1, keepdim=True) - 1))).cumsum(-1)
+    below = u.clamp(max=0.99999994)[:, None]  # float32 rounds 1 - 2 ** -53 to 1
+    drawn = torch.searchsorted(cumulative, below * cumulative[:, -1:], right=True)
+    return torch.where((temperatures * top_p)[:, None] == 0, likeliest, drawn).squeeze(1)
 
 
 # -- Files of weights ------------------------------------------------------------------------------

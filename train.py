@@ -327,7 +327,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        alike = defaultdict(list)  # {(rows, columns), the fewer first: of (matrix, update, rate)}
+        alike = defaultdict(list)  # {shape, rows <= columns: [(matrix, update, rate)]}
         for group in self.param_groups:
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
@@ -340,7 +340,7 @@ class Muon(torch.optim.Optimizer):
                     if rows > columns:  # the smaller products
                         matrix, update = matrix.mT, update.mT
                     alike[matrix.shape].append((matrix, update, rate))
-        for matrices, updates, rates in (zip(*group) for group in alike.values()):
+        for matrices, updates, rates in (zip(*some) for some in alike.values()):
             for matrix, update, rate in zip(matrices, orthogonalize(torch.stack(updates)), rates):
                 matrix.sub_(update, alpha=rate)
 

@@ -244,14 +244,14 @@ def imports_of(tree):
 
 
 def stdlib_pairs():
-    """Yield {instruction, response} from the standard library: each module-level function of up to
-    ten lines that has a docstring and needs nothing but builtins and imports, as "docstring to
-    function", without its docstring, with the imports. Longer ones the demo's block_size cuts."""
+    """Yield {instruction, response} from the standard library: each module-level function that has
+    a docstring and needs nothing but builtins and imports, as "docstring to function", without its
+    docstring, with the imports, where that is up to ten lines (block_size would cut longer ones)."""
     seen = set()
     for path in stdlib_files():
         try:
             text = path.read_text(encoding="utf-8")
-            tree, lines = ast.parse(text), text.splitlines()
+            tree, lines = ast.parse(text), text.split("\n")
         except (SyntaxError, ValueError):
             continue
         imports = imports_of(tree)

@@ -16,7 +16,7 @@ out_dir = "out-demo"
 block_size = 256
 n_layer, n_head, n_embd = 4, 4, 128
 
-# 8 rows * 256 tokens = 2,048 tokens a step: smaller steps, more of them, learn more from a token
+# 8 rows * 256 tokens = 2,048 tokens a step: from 4,096, in half as many steps, it learns less
 batch_size = micro_batch = 8
 max_iters = 100
 optimizer = "muon"

@@ -103,6 +103,7 @@ TRICKY = {
         "x = 1 \\\n;\ny = x; \\\n\nif y:\n    \\\n\\\n    z = 'é' \\\n; \nelse: w = 1 \\\n  ;\n"
         "try: a = 1\nexcept OSError: a = 2\nelse: b = 1 \\\n \\\n\nfinally: c = 1\n"
         "d = 1  # \\\ne = 1\nf = \"\"\"\n;\n\\\n\"\"\" \\\n;\n",
+    "a backslash before an empty line": "x = 1\n\\\n\ny = 2\nif y: x = 3 \\\n\n\\\n# c\nz = 1\n",
     "a clause at the column of its statement":
         "try:\n    a = 1\nexcept OSError:\n    b = 1\nelse: \\\nelif_ = 1\nfinally:\n    c = 1\n"
         "for i in []:\n    a = 1\nelse:\n    \\\nif 2:\n        b = i\n    c = 3\n",
@@ -349,7 +350,8 @@ def test_clean_on_what_pyflakes_tests():
 
 @pytest.mark.parametrize("source, reason", [
     ("x = 1\ry = 2\n", "carriage return"),
-    ("x = 1 \\\n\ny = 2", "empty line after a backslash"),
+    ("x = 1 \\\n\ny", "empty line after a backslash"),
+    ("x = 1 \\\r\n\ny = 2", "empty line after a backslash"),
     ("# only\n\n# comments\n", "no line of code"), ("", "no line of code"),
     ("x = (\n", "never closed"), ("\0", "null byte"),
     ("x = 1\n" * 100_000, "more than 100000 lines")])

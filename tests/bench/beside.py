@@ -25,9 +25,7 @@ TOKENS = {"training": 8 * 256, "decoding": 8 * 32}
 def work():
     """Make a step of what each line on standard input names; say how long it took."""
     sys.path.insert(0, str(ROOT))
-    adapts = sys.argv[2] == "config's"
-    if adapts:
-        import config
+    import config
     import torch
     from common import timed_step
     from model import GPT, GPTConfig
@@ -38,7 +36,7 @@ def work():
     x, y = torch.randint(1024, (2, 8, 256))
     prompts = x[:, :64].tolist()
     for line in sys.stdin:
-        if adapts:
+        if sys.argv[2] == "config's":
             config.adapt_threads()
         start = time.perf_counter()
         if line == "training\n":
