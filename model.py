@@ -57,7 +57,7 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions. Another kind of attention: here, its masks
     in GPT.forward and Decoder.step, its cache's shape in Decoder.__init__; what takes qkv for three
-    equal pieces: olmo_names (the files) and train.py's Muon."""
+    equal pieces: olmo_names (the files) and train.make_optimizers (Muon)."""
 
     def __init__(self, config):
         super().__init__()

@@ -330,8 +330,10 @@ class Muon(torch.optim.Optimizer):
         alike = defaultdict(list)  # {shape, rows <= columns: [(matrix, update, rate)]}
         for group in self.param_groups:
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 0.05)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 for matrix, update in zip(*(t.chunk(group["pieces"])
                                             for t in (p, p.grad.lerp(momentum, 0.95)))):
