@@ -156,7 +156,7 @@ class Program:
     def find_end(self, node):
         """The index of the line after a statement and after what a backslash behind it joins."""
         end, column = node.end_lineno, node.end_col_offset
-        while re.match(rb"[\s;]*\\", self.lines[end - 1].encode()[column:]):
+        while self.lines[end - 1].encode()[column:].strip(b" \t\f\r;") == b"\\":
             end, column = end + 1, 0
         return end
 

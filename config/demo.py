@@ -14,7 +14,7 @@ samples = 3  # edit sequences a program
 # the model
 out_dir = "out-demo"
 block_size = 256
-n_layer, n_head, n_embd = 4, 4, 128
+n_layer, n_head, n_embd = 4, 8, 128  # more heads, fewer lines miscounted
 
 # 8 rows * 256 tokens = 2,048 tokens a step: from 4,096, in half as many steps, it learns less
 batch_size = micro_batch = 8

@@ -31,7 +31,7 @@ def work():
     from model import GPT, GPTConfig
     from train import keep_freed_memory
     keep_freed_memory()
-    model = GPT(GPTConfig(256, 1024, 4, 4, 128))
+    model = GPT(GPTConfig(256, 1024, 4, 8, 128))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     x, y = torch.randint(1024, (2, 8, 256))
     prompts = x[:, :64].tolist()
