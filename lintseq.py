@@ -137,8 +137,9 @@ class Program:
         """The node that stands as long as one of these does."""
         if len(nodes) == 1:
             return nodes[0]
-        group = self.add_node(len(set(nodes)))
-        for node in set(nodes):
+        nodes = set(nodes)
+        group = self.add_node(len(nodes))
+        for node in nodes:
             self.dependents[node].add(group)
         return group
 
@@ -185,7 +186,7 @@ class Program:
         units = defaultdict(list)
         if isinstance(node, ast.Match):
             next_line = node.subject.end_lineno
-            while self.lines[next_line].lstrip().find("case"):
+            while not self.lines[next_line].lstrip().startswith("case"):
                 next_line += 1
         for kind, body in clauses_of(node, self.lines):
             unit = first_unit

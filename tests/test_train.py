@@ -545,6 +545,7 @@ def test_muon_moves_along_the_nearest_orthogonal_matrix():
     got = train.orthogonalize(g)
     # the quintic's known band
     assert ((u.mT @ got @ vt.mT).diagonal(dim1=1, dim2=2) - 1).abs().max() < 0.35
+    assert torch.allclose(train.orthogonalize(g.mT), got.mT, atol=1e-4)
     fused = torch.nn.Parameter(g.flatten(0, 1).clone())
     parts = [torch.nn.Parameter(x.clone()) for x in g]
     fused.grad = torch.randn_like(fused)
