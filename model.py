@@ -21,6 +21,7 @@ from random import Random
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask, cache):
         """x: (B, T, C). rope: cos and sin, (2, 1, T, D) or (2, B, 1, T, D). mask: (B, 1, T, S), or
-        None for causal. cache: None, or (keys_values, slots, positions): this call's keys and
+        None for causal, or where the examples in B * T tokens start, and the end. cache: None, or (keys_values, slots, positions): this call's keys and
         values are written to keys_values (2, slots, H, S, D) at [:, slots, :, positions]. Prefill
         (mask None) does no more with it; decoding (a mask) attends to what the first B slots
         hold."""
@@ -82,8 +83,13 @@ class Attention(nn.Module):
             keys_values[:, slots[:, None], :, positions] = new
             if mask is not None:
                 k, v = keys_values[:, :B, :, :mask.size(-1)]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        if mask is not None and mask.dim() == 1:
+            q, k, v = (t.transpose(1, 2).flatten(0, 1).to(v.dtype) for t in (q, k, v))
+            y = varlen_attn(q, k, v, mask, mask, T, T, window_size=(-1, 0)).view(x.shape)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            y = y.transpose(1, 2).flatten(2)
+        return self.proj(y)
 
 
 class SwiGLU(nn.Module):
@@ -197,7 +203,10 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are longer than block_size={self.config.block_size}")
         mask = None
-        if segments is not None:  # (B, 1, T, T)
+        if segments is not None and torch.is_autocast_enabled("cuda"):  # flash attention
+            starts = F.pad(segments.diff() != 0, (1, 0), value=True).flatten().nonzero()[:, 0]
+            mask = F.pad(starts, (0, 1), value=B * T).int()
+        elif segments is not None:  # (B, 1, T, T)
             mask = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
         x = self.hidden(idx, torch.arange(T, device=idx.device), mask)
         if targets is None:

@@ -23,6 +23,19 @@ sys.path.insert(0, str(ROOT))
 import config  # noqa: E402
 import torch  # noqa: E402
 torch.set_num_threads(2)
+GPUS = torch.cuda.device_count()
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every machine tests the same; test_gpu.py the rest
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The scripts that the test starts see the GPUs."""
+    if not GPUS:
+        pytest.skip("no CUDA GPU")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if VISIBLE is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
 
 
 def start(script, *args, cwd, ranks=1, **kwargs):
