@@ -68,14 +68,14 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask, cache):
         """x: (B, T, C). rope: cos and sin, (2, 1, T, D) or (2, B, 1, T, D). mask: (B, 1, T, S), or
-        None for causal, or where the examples in B * T tokens start, and the end. cache: None, or (keys_values, slots, positions): this call's keys and
-        values are written to keys_values (2, slots, H, S, D) at [:, slots, :, positions]. Prefill
-        (mask None) does no more with it; decoding (a mask) attends to what the first B slots
-        hold."""
-        B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        None for causal, or (N + 1,): where N packed examples begin in B * T tokens, and the end.
+        cache: None, or (keys_values, slots, positions): this call's keys and values are written to
+        keys_values (2, slots, H, S, D) at [:, slots, :, positions]. Prefill (mask None) does no
+        more with it; decoding (a mask) attends to what the first B slots hold."""
+        B, T, H = *x.shape[:2], self.n_head
+        qk, v = self.qkv(x).view(B, T, 3 * H, -1).split((2 * H, H), 2)
+        q, k = rotate(qk.transpose(1, 2), *rope).chunk(2, 1)  # (B, H, T, D) each
+        v = v.transpose(1, 2)
         if cache:
             keys_values, slots, positions = cache
             # (B, T, 2, H, D): in an indexed assignment, indices that slices part come first
@@ -117,35 +117,6 @@ class Block(nn.Module):
     def forward(self, x, rope, mask, cache):
         x = x + self.attn(norm(x), rope, mask, cache)
         return x + self.mlp(norm(x))
-
-
-class FusedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of cross-entropy(x @ weight.T, targets), a chunk of rows at a time, and with it
-    its gradient: the logits of a whole batch (32 x 1024 x 50304 in float32 are 6.6 GB) are never
-    held, and not computed twice, as checkpointing would (7 to 11% of a step)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, chunk):
-        # x: (N, C), weight: (V, C), targets: (N,) with -1 where there is no loss
-        total = x.new_zeros((), dtype=torch.float32)
-        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
-        for xs, ts, grad_xs in zip(*(t.split(chunk) for t in (x, targets, grad_x))):
-            logits = F.linear(xs, weight)  # float32, or what autocast says
-            logp = logits.float().log_softmax(-1)
-            total += F.nll_loss(logp, ts, ignore_index=-1, reduction="sum")
-            if ctx.needs_input_grad[0]:  # the logits' gradient: p - one_hot(target), or 0
-                grad = logp.exp_()
-                grad[torch.arange(len(ts), device=ts.device), ts] -= 1  # where -1: cleared below
-                grad = grad.mul_((ts >= 0)[:, None]).to(logits.dtype)
-                grad_xs.copy_(grad @ weight)
-                grad_w += grad.t() @ xs
-        ctx.save_for_backward(grad_x, grad_w)
-        return total
-
-    @staticmethod
-    def backward(ctx, upstream):
-        grad_x, grad_w = ctx.saved_tensors  # in place: they are asked for once
-        return grad_x.mul_(upstream), grad_w.mul_(upstream), None, None
 
 
 class GPT(nn.Module):
@@ -195,7 +166,7 @@ class GPT(nn.Module):
         """idx: (B, T) int64, T <= block_size. Returns (logits, loss).
 
         Without targets: logits (B, T, vocab_size), loss None. With targets (B, T), -1 where there
-        is no loss: logits None (they are never held whole), loss the mean over the rest. segments:
+        is no loss: logits None, loss the mean cross-entropy over the rest. segments:
         (B, T) ints, for several examples packed into one row: a token attends to its own segment
         only. Rotary attention knows nothing but differences of positions, so a packed example sees
         just what it sees alone."""
@@ -209,10 +180,11 @@ class GPT(nn.Module):
         elif segments is not None:  # (B, 1, T, T)
             mask = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
         x = self.hidden(idx, torch.arange(T, device=idx.device), mask)
+        logits = F.linear(x, self.head)
         if targets is None:
-            return F.linear(x, self.head), None
-        chunk = max(256, 2 ** 26 // self.config.vocab_size)  # rows whose logits fill 256 MB
-        total = FusedCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(), chunk)
+            return logits, None
+        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
+                                reduction="sum")
         return None, total / (targets >= 0).sum().clamp(min=1)
 
     def hidden(self, idx, positions, mask, cache=None, slots=None):
@@ -392,9 +364,10 @@ class Decoder:
         """Feed the first n slots their tokens, at positions below `limit`, and draw the next."""
         state, device = self.state[:n], self.cache.device
         tokens, positions = state[:, :2, None].long().unbind(1)  # (n, 1) each
-        mask = (torch.arange(limit, device=device) <= positions)[:, None, None]  # (n, 1, 1, limit)
+        mask = torch.full((n, 1, 1, limit), -math.inf, dtype=self.cache.dtype, device=device)
+        mask.masked_fill_((torch.arange(limit, device=device) <= positions)[:, None, None], 0)
         x = self.model.hidden(tokens, positions, mask, self.cache, torch.arange(n, device=device))
-        logits = self.head(x[:, 0]).float()
+        logits = self.head(x[:, 0])
         drawn = (logits.argmax(-1) if greedy else
                  sample_tokens(logits, state[:, 2], self.top_p, state[:, 3]))[:, None]
         state.copy_(torch.cat((drawn, positions + 1, state[:, 2:3], state[:, 4:], drawn), 1))
@@ -424,16 +397,21 @@ class Decoder:
 
 
 def sample_tokens(logits, temperatures, top_p, u):
-    """One token a row. logits: (B, V) float32; temperatures: (B,), 0 is argmax, and so is a top_p
+    """One token a row. logits: (B, V); temperatures: (B,), 0 is argmax, and so is a top_p
     of 0; u: (B,) uniform in [0, 1). The inverse of the cumulative distribution over the nucleus:
     the fewest likeliest tokens that hold top_p, and those as likely as the last of them."""
     best, likeliest = logits.max(-1, keepdim=True)
-    p = ((logits - best) / temperatures.clamp(min=1e-6)[:, None]).softmax(-1)
-    # On a CPU without those that cannot be in the nucleus: all of them hold less than 1 - top_p
-    sorted_p = (p.topk(int((p >= (1 - top_p) / 2 / p.size(-1)).sum(-1).max())) if p.is_cpu else
-                p.sort(-1, descending=True)).values
-    inside = sorted_p.cumsum(-1) - sorted_p <= top_p  # the likeliest always is
-    cumulative = (p * (p >= sorted_p.gather(1, inside.sum(-1, keepdim=True) - 1))).cumsum(-1)
+    weigh = lambda x: ((x.float() - best) / temperatures.clamp(min=1e-6)[:, None]).exp()
+    w = weigh(logits)
+    total = w.sum(-1, keepdim=True)
+    # On a CPU without those that cannot be in the nucleus: all of them hold less than 1 - top_p.
+    # On CUDA as they are: bfloat16 sorts in half of float32's time
+    ordered = (
+        logits.topk(int((w >= (1 - top_p) / 2 / w.size(-1) * total).sum(-1).max())) if w.is_cpu
+        else logits.sort(-1, descending=True)).values
+    ordered_w = weigh(ordered)
+    inside = ordered_w.cumsum(-1) - ordered_w <= top_p * total  # the likeliest always is
+    cumulative = (w * (logits >= ordered.gather(1, inside.sum(-1, keepdim=True) - 1))).cumsum(-1)
     below = u.clamp(max=0.99999994)[:, None]  # float32 rounds 1 - 2 ** -53 to 1
     drawn = torch.searchsorted(cumulative, below * cumulative[:, -1:], right=True)
     return torch.where((temperatures * top_p)[:, None] == 0, likeliest, drawn).squeeze(1)
