@@ -1,13 +1,15 @@
 """Finetuning throughput, packed as train.py packs against padded rows: response tokens a second.
 
     python tests/bench/finetune.py                           # a CPU: 33M, rows of 512, float32
-    python tests/bench/finetune.py --shapes=150m,400m --out=tests/bench/results/finetune-h100.json
+    python tests/bench/finetune.py --shapes=150m,400m --out=tests/bench/results/finetune-h200.json
 
 The examples are LintSeq's edit sequences of the standard library's functions that have a docstring,
-in a BPE of 4,000 entries trained on them: lengths as they fall. Padded as the paper does it, an
-example a row of block_size tokens, and as a careful user would, each batch only to its longest. All
-do whole steps (forward, backward, clipping, AdamW) of as many rows, and take turns. The last column
-is what 88,900 programs x 5 sequences x 2 epochs take at that rate.
+in a BPE of 4,000 entries trained on them: lengths as they fall. On a GPU packed rows go through
+flash attention, each example for itself; a row apart shows them with a mask, as on a CPU. Padded as
+the paper does it, an example a row of block_size tokens, and as a careful user would, each batch
+only to its longest (on a GPU to 512 or 1,024 tokens: another graph for each length). All do whole
+steps (forward, backward, clipping, AdamW) of as many rows, and take turns. The last column is what
+88,900 programs x 5 sequences x 2 epochs take at that rate.
 """
 import argparse
 import json
@@ -71,6 +73,20 @@ def padded(rows, numbers, multiple):
     return batch, int((batch[1] >= 0).sum())
 
 
+class MaskedLoss(torch.nn.Module):
+    """GPT.forward's loss of packed rows with a mask, as it is on a CPU."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx, targets, segments):
+        mask = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
+        x = self.model.hidden(idx, torch.arange(idx.size(1), device=idx.device), mask)
+        logits = torch.nn.functional.linear(x, self.model.head).flatten(0, 1).float()
+        return None, torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+
+
 def measure(shape, ways, rows, T, steps, multiple, device, dtype):
     """({way: seconds of each step}, {way: targets seen}); ways: {name: k -> (batch, targets)}."""
     cuda = device.type == "cuda"
@@ -83,7 +99,9 @@ def measure(shape, ways, rows, T, steps, multiple, device, dtype):
 
     for way in ways:
         model = GPT(GPTConfig(T, 4096, *SHAPES[shape])).to(device)
-        forward = torch.compile(model, dynamic=False) if cuda else model
+        forward = MaskedLoss(model) if "mask" in way else model
+        if cuda:  # packed for any number of examples, padded for each length
+            forward = torch.compile(forward, dynamic=None if way == "packed" else False)
         models[way] = model, forward, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for length in range(multiple, T + 1, multiple) if cuda else ():  # compiled for each length
         step("padded to the longest", torch.zeros(2, rows, length, dtype=torch.int64))
@@ -122,13 +140,15 @@ def main():
     print(f"{result['device']}, torch {torch.__version__}; {n:,} examples of "
           f"{rows.length.mean():.0f} tokens; packed: {rows}; padded rows: "
           f"{rows.length.mean() / T:.1%} full")
-    multiple = 256 if cuda else 1
+    multiple = 512 if cuda else 1
     order = np.random.default_rng(0).permutation(len(rows.begin)).tolist()
     examples = lambda k: [order[(k * B + j) % len(order)] for j in range(B)]
     packed = lambda k: next(train.read_batches(rows, range(k * B, k * B + B), cfg, device))
-    ways = {"packed": packed,
+    ways = {"packed": packed, "packed, with a mask": packed,
             "padded to block_size": lambda k: padded(rows, examples(k), T),
             "padded to the longest": lambda k: padded(rows, examples(k), multiple)}
+    if not cuda:
+        del ways["packed, with a mask"]  # as all are
     for shape in (args.shapes or ("150m" if cuda else "33m")).split(","):
         steps = args.steps or (50 if cuda else 5)
         times, targets = measure(shape, ways, B, T, steps, multiple, device, dtype)

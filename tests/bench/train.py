@@ -5,15 +5,17 @@
     python tests/bench/train.py --shapes=150m,400m       # a GPU: bf16, every variant, 50 steps each
 
 A step is what a run does: forward, backward, clipping, AdamW. The peer is at its best: SDPA, fused
-AdamW, and torch.compile (on a CPU, if it has g++), the better of with and without. On a CPU each
-has a process of its own and they take turns, step by step, so that whatever else the machine does
-hits all of them; ours keeps freed memory as train.py does (`keep_freed_memory`), and rows apart
-show ours without it and the peer with it. On a GPU it also measures ours without compile, without
-the fused loss and with each attention backend. A large matmul is the floor, and a profile says
-where the time goes by kinds of kernels. Prints a table, which --out=FILE keeps (under results/).
+AdamW, and torch.compile (on a CPU, if it has g++), the better of with and without. Each has a
+process of its own; they compile side by side and then take turns, on a CPU step by step, so that
+whatever else the machine does hits all of them. On a CPU ours keeps freed memory as train.py does
+(`keep_freed_memory`), and rows apart show ours without it and the peer with it; on a GPU rows apart
+show attention by flash (SDPA's own choice on Hopper is cuDNN's) and the residual stream in bfloat16
+in place of float32. A large matmul is the floor, and a profile says where the time goes by kinds of
+kernels. Prints a table, which --out=FILE keeps (under results/).
 """
 import argparse
 import json
+import math
 import multiprocessing
 import shutil
 import statistics
@@ -24,7 +26,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from common import ROOT, machine, timed_step
 
@@ -40,12 +41,12 @@ SHAPES = {
 }
 
 
-def ours(shape, device, fused=True):
+def ours(shape, device, what):
     layers, heads, width, vocab, _, length = shape
     model = GPT(GPTConfig(max(length, 256), vocab, layers, heads, width)).to(device)
-    if fused:
-        return model, lambda m, x, y: m(x, y)[1]
-    return model, lambda m, x, y: F.cross_entropy(m(x)[0].float().flatten(0, 1), y.flatten())
+    if "bfloat16 stream" in what:
+        model.wte.register_forward_hook(lambda module, args, x: x.bfloat16())
+    return model, lambda m, x, y: m(x, y)[1]
 
 
 def theirs(shape, device):
@@ -60,56 +61,92 @@ def theirs(shape, device):
 
 
 class Runner:
-    def __init__(self, made, shape, device, dtype, compiled=False, backend=None):
-        (self.model, self.loss), self.device, self.dtype, self.times = made, device, dtype, []
-        self.call = torch.compile(self.model) if compiled else self.model
+    """A model, its optimizer and its batch; `what` says which and how."""
+
+    def __init__(self, what, shape, device, dtype):
+        made = ours(shape, device, what) if what.startswith("ours") else theirs(shape, device)
+        (self.model, self.loss), self.device, self.dtype = made, device, dtype
+        self.call = torch.compile(self.model) if "compiled" in what else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95),
                                            weight_decay=0.1, fused=True)
         x = torch.randint(shape[3], (shape[4], shape[5] + 1), device=device)
         self.batch = x[:, :-1].contiguous(), x[:, 1:].contiguous()
-        self.backend = backend
+        self.flash = "flash" in what
 
     def step(self):
-        kernel = torch.nn.attention.sdpa_kernel(self.backend) if self.backend else nullcontext()
-        self.times.append(timed_step(lambda: self.loss(self.call, *self.batch), self.model,
-                                     self.optimizer, self.device, self.dtype, kernel))
+        flash = torch.nn.attention.SDPBackend.FLASH_ATTENTION
+        kernel = torch.nn.attention.sdpa_kernel(flash) if self.flash else nullcontext()
+        return timed_step(lambda: self.loss(self.call, *self.batch), self.model, self.optimizer,
+                          self.device, self.dtype, kernel)
+
+    def warm_up(self):
+        """Three steps; on a GPU others do theirs at the same time and may hold the memory."""
+        for _ in range(60):
+            try:
+                return [self.step() for _ in range(3)]
+            except torch.OutOfMemoryError:
+                self.optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                time.sleep(2)
 
 
-def on_cpu(pipe, what, shape, dtype):
-    """A process that makes a step whenever it is asked to and says how long it took; at the end,
-    what it spent it on."""
+def work(pipe, what, shape, device, dtype):
+    """A process that makes as many steps as it is asked for and says how long each took; at the end
+    (0), the GiB that it held at most and what it spent its time on."""
+    torch.set_float32_matmul_precision("high")
     # ours has it unless its name says "plain memory", the peer where its name says "our memory"
-    kept = what.startswith("ours") != ("memory" in what)
-    if kept:
+    if device.type == "cpu" and what.startswith("ours") != ("memory" in what):
         keep_freed_memory()
-    device = torch.device("cpu")
-    made = (ours if what.startswith("ours") else theirs)(shape, device)
-    runner = Runner(made, shape, device, dtype, "compiled" in what)
-    while pipe.recv():
-        runner.step()
-        pipe.send(runner.times[-1])
-    pipe.send(kernels(runner))
+    runner = Runner(what, shape, device, dtype)
+    runner.warm_up()
+    cuda, shares = device.type == "cuda", {}
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    while True:
+        if cuda:
+            torch.cuda.empty_cache()  # the others' turn
+        pipe.send("ready")
+        steps = pipe.recv()
+        if not steps:
+            break
+        pipe.send([runner.step() for _ in range(steps)])
+    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else 0
+    if "flash" not in what and "stream" not in what:
+        shares = kernels(runner)
+    pipe.send((peak, shares))
 
 
-def turns(shape, steps, dtype):
-    """{what: seconds a step}, the median after three steps of warm-up, and {what: its kernels}. At
-    most four at once: each takes some 5 GB at 150M."""
-    spawn, seconds, shares = multiprocessing.get_context("spawn"), {}, {}
+def take_turns(shape, steps, device, dtype):
+    """{what: (seconds a step, the median; GiB at most; its kernels)}. On a CPU at most four at
+    once: each takes some 5 GB at 150M."""
+    spawn, measured = multiprocessing.get_context("spawn"), {}
     groups = [["ours", "ours, plain memory", "transformers", "transformers, our memory"]]
     groups += [["ours, compiled", "transformers, compiled"]] * bool(shutil.which("g++"))
+    if device.type == "cuda":
+        groups = [["ours, compiled", "ours, compiled, flash", "ours, compiled, bfloat16 stream",
+                   "transformers, compiled", "transformers"]]
     for names in groups:
         pipes, times = {}, {name: [] for name in names}
         for name in names:
             pipes[name], other = spawn.Pipe()
-            spawn.Process(target=on_cpu, args=(other, name, shape, dtype), daemon=True).start()
-        for _ in range(steps + 3):
+            spawn.Process(target=work, args=(other, name, shape, device, dtype),
+                          daemon=True).start()
+            other.close()
+        for name in names:
+            try:
+                pipes[name].recv()
+            except EOFError:  # it has said why
+                del pipes[name]
+        turn = max(1, steps // 2) if device.type == "cuda" else 1
+        for _ in range(steps // turn):
             for name, pipe in pipes.items():
-                pipe.send(True)
-                times[name].append(pipe.recv())
+                pipe.send(turn)
+                times[name] += pipe.recv()
+                pipe.recv()
         for name, pipe in pipes.items():
-            pipe.send(False)
-            seconds[name], shares[name] = statistics.median(times[name][3:]), pipe.recv()
-    return seconds, shares
+            pipe.send(0)
+            measured[name] = statistics.median(times[name]), *pipe.recv()
+    return measured
 
 
 KINDS = {"attention": ("attention", "flash", "fmha", "sdpa"),
@@ -134,18 +171,6 @@ def kernels(runner):
     return {kind: round(t / times.total(), 3) for kind, t in times.most_common()}
 
 
-def on_gpu(shape, device, dtype):
-    """{what: a function that makes its Runner}."""
-    from torch.nn.attention import SDPBackend
-    runner = lambda made, *how: lambda: Runner(made(), shape, device, dtype, *how)
-    mine, peer = lambda: ours(shape, device), lambda: theirs(shape, device)
-    return {"ours": runner(mine), "transformers": runner(peer),
-            "transformers, compiled": runner(peer, True), "ours, compiled": runner(mine, True),
-            "ours, plain loss": runner(lambda: ours(shape, device, False), True),
-            "ours, flash": runner(mine, True, SDPBackend.FLASH_ATTENTION),
-            "ours, cudnn": runner(mine, True, SDPBackend.CUDNN_ATTENTION)}
-
-
 def floor(device, dtype):
     """TFLOP/s of a large matmul in the precision of training."""
     n = 8192 if device.type == "cuda" else 2048
@@ -158,34 +183,12 @@ def floor(device, dtype):
     return 2 * n ** 3 / best / 1e12
 
 
-def measure_on_gpu(name, shape, steps, device, dtype):
-    """As turns(), and {what: GiB}; one after another, each with the memory for itself."""
-    seconds, shares, memory = {}, {}, {}
-    for what, make in on_gpu(shape, device, dtype).items():
-        try:
-            torch.cuda.reset_peak_memory_stats()
-            runner = make()
-            for _ in range(steps + 10):
-                runner.step()
-            seconds[what] = statistics.median(runner.times[10:])
-            memory[what] = torch.cuda.max_memory_allocated() / 2 ** 30
-            if what in ("ours, compiled", "transformers, compiled"):
-                shares[what] = kernels(runner)
-        except Exception as e:  # out of memory, or a backend that this device lacks
-            print(f"{name:5} {shape[4]:3} x {shape[5]}  {what:24} {type(e).__name__}: "
-                  f"{str(e).splitlines()[0][:80]}")
-        runner = None
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
-    return seconds, shares, memory
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", default="")
     parser.add_argument("--steps", type=int, default=0,
                         help="timed steps of each; 0: 50 on a GPU, 4 on a CPU (20: demo)")
-    parser.add_argument("--batch", default="16,32,64", help="rows of 1,024 on a GPU, each tried")
+    parser.add_argument("--batch", default="32", help="rows of 1,024 on a GPU; 16,32: both")
     parser.add_argument("--dtype", default="",
                         help="float32 or bfloat16 (autocast); a GPU takes bfloat16, a CPU float32")
     parser.add_argument("--out", default="")
@@ -203,31 +206,27 @@ def main():
         for batch in map(int, args.batch.split(",")) if cuda else [base[4]]:
             shape = (*base[:4], batch, 1024 if cuda else base[5])
             steps = args.steps or (50 if cuda else 20 if name == "demo" else 4)
-            if cuda:
-                seconds, shares, memory = measure_on_gpu(name, shape, steps, device, dtype)
-            else:
-                (seconds, shares), memory = turns(shape, steps, dtype), {}
+            measured = take_turns(shape, steps, device, dtype)
             tokens = shape[4] * shape[5]
-            flops = ours(shape, torch.device("cpu"))[0].flops_per_token(shape[5])
-            best = min(v for k, v in seconds.items() if k.startswith("transformers")
-                       and "memory" not in k)
-            for what, s in seconds.items():
+            flops = ours(shape, "cpu", "")[0].flops_per_token(shape[5])
+            best = min((v[0] for k, v in measured.items() if k.startswith("transformers")
+                        and "memory" not in k), default=math.nan)
+            for what, (s, memory, shares) in measured.items():
                 row = {"shape": name, "batch": shape[4], "length": shape[5], "what": what,
                        "tokens/s": round(tokens / s, 1), "ratio": round(best / s, 2),
                        "of the matmul": round(tokens / s * flops / peak / 1e12, 3)}
-                if what in memory:
+                if cuda:
                     row |= {"MFU of 989": round(tokens / s * flops / 989e12, 3),
-                            "GiB": round(memory[what], 1)}
-                if what in shares:
-                    row["time of kernels"] = shares[what]
+                            "GiB": round(memory, 1)}
+                if shares:
+                    row["time of kernels"] = shares
                 result["rows"].append(row)
-                print(f"{name:5} {shape[4]:3} x {shape[5]}  {what:24} {tokens / s:12,.0f} tok/s  "
+                print(f"{name:5} {shape[4]:3} x {shape[5]}  {what:32} {tokens / s:12,.0f} tok/s  "
                       f"{row['of the matmul']:6.1%} of the matmul  {row['ratio']:.2f} x "
-                      "transformers" + (f"  {memory[what]:.1f} GiB" if what in memory else ""),
-                      flush=True)
-            for what, share in shares.items():
-                print(f"      {what}, time of its kernels: "
-                      + ", ".join(f"{kind} {v:.1%}" for kind, v in share.items()), flush=True)
+                      "transformers" + f"  {memory:.1f} GiB" * cuda, flush=True)
+                if shares:
+                    print("      its kernels: " + ", ".join(
+                        f"{kind} {v:.1%}" for kind, v in shares.items()), flush=True)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
