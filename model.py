@@ -174,11 +174,12 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are longer than block_size={self.config.block_size}")
         mask = None
-        if segments is not None and torch.is_autocast_enabled("cuda"):  # flash attention
-            starts = F.pad(segments.diff() != 0, (1, 0), value=True).flatten().nonzero()[:, 0]
-            mask = F.pad(starts, (0, 1), value=B * T).int()
-        elif segments is not None:  # (B, 1, T, T)
-            mask = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
+        if segments is not None:
+            if torch.is_autocast_enabled("cuda"):  # bfloat16, for flash attention: (N + 1,)
+                starts = F.pad(segments.diff() != 0, (1, 0), value=True).flatten().nonzero()[:, 0]
+                mask = F.pad(starts, (0, 1), value=B * T).int()
+            else:  # (B, 1, T, T)
+                mask = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
         x = self.hidden(idx, torch.arange(T, device=idx.device), mask)
         logits = F.linear(x, self.head)
         if targets is None:
@@ -364,8 +365,8 @@ class Decoder:
         """Feed the first n slots their tokens, at positions below `limit`, and draw the next."""
         state, device = self.state[:n], self.cache.device
         tokens, positions = state[:, :2, None].long().unbind(1)  # (n, 1) each
-        mask = torch.full((n, 1, 1, limit), -math.inf, dtype=self.cache.dtype, device=device)
-        mask.masked_fill_((torch.arange(limit, device=device) <= positions)[:, None, None], 0)
+        mask = torch.where(torch.arange(limit, device=device) <= positions, 0, -math.inf)
+        mask = mask.to(self.cache.dtype)[:, None, None]  # (n, 1, 1, limit)
         x = self.model.hidden(tokens, positions, mask, self.cache, torch.arange(n, device=device))
         logits = self.head(x[:, 0])
         drawn = (logits.argmax(-1) if greedy else
@@ -380,7 +381,8 @@ class Decoder:
             [(row.new or row.prompt)[-1], at, row.temperature]
             + [row.random.random() for _ in range(self.chunk)] for row, at in zip(rows, positions)])
         # on CUDA few shapes, few graphs: a slot without a row is fed a token at position 0, in vain
-        n, unit = len(self.state if cuda else rows), 64 if cuda else 16
+        unit, of_rows = (64, 64) if cuda else (16, 1)
+        n = min(of_rows * math.ceil(len(rows) / of_rows), len(self.state))
         limit = unit * math.ceil((max(positions) + self.chunk) / unit)
         shape = n, limit, not any(row.temperature for row in rows)
         for _ in range(self.chunk):
