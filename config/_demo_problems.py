@@ -243,10 +243,11 @@ def imports_of(tree):
     return imports
 
 
-def stdlib_pairs():
+def stdlib_pairs(most_lines=10):
     """Yield {instruction, response} from the standard library: each module-level function that has
     a docstring and needs nothing but builtins and imports, as "docstring to function", without its
-    docstring, with the imports, where that is up to ten lines (block_size would cut longer ones)."""
+    docstring, with the imports, where that is up to `most_lines` (the demo's block_size would cut
+    longer ones)."""
     seen = set()
     for path in stdlib_files():
         try:
@@ -264,7 +265,7 @@ def stdlib_pairs():
                              + lines[first.end_lineno:node.end_lineno])
             used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & set(imports)
             code = "".join(imports[name] for name in sorted(used)) + ("\n" if used else "") + code
-            if code.count("\n") >= 10 or len(summary) < 20:
+            if code.count("\n") >= most_lines or len(summary) < 20:
                 continue
             body = ast.dump(ast.Module(node.body[1:], []))
             try:

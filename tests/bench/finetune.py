@@ -37,7 +37,7 @@ def write_examples(folder, count):
     """Write `count` examples into folder, as prepare.py does: train.bin and train.examples.npy.
     Their number, and the tokens of their responses."""
     pairs = []
-    for n, pair in enumerate(stdlib_pairs()):
+    for n, pair in enumerate(stdlib_pairs(60)):
         try:
             edits = lintseq.lintseq(pair["response"], random.Random(n))
         except (ValueError, SyntaxError):
