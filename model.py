@@ -73,21 +73,22 @@ class Attention(nn.Module):
         keys_values (2, slots, H, S, D) at [:, slots, :, positions]. Prefill (mask None) does no
         more with it; decoding (a mask) attends to what the first B slots hold."""
         B, T, H = *x.shape[:2], self.n_head
-        qk, v = self.qkv(x).view(B, T, 3 * H, -1).split((2 * H, H), 2)
-        q, k = rotate(qk.transpose(1, 2), *rope).chunk(2, 1)  # (B, H, T, D) each
-        v = v.transpose(1, 2)
+        qk, v = self.qkv(x).view(B, T, 3 * H, -1).transpose(1, 2).split((2 * H, H), 1)
+        q, k = rotate(qk, *rope).chunk(2, 1)  # (B, H, T, D) each
         if cache:
             keys_values, slots, positions = cache
             # (B, T, 2, H, D): in an indexed assignment, indices that slices part come first
-            new = torch.stack((k, v)).permute(1, 3, 0, 2, 4)
-            keys_values[:, slots[:, None], :, positions] = new
+            keys_values[:, slots[:, None], :, positions] = torch.stack((k, v)).permute(
+                1, 3, 0, 2, 4)
             if mask is not None:
                 k, v = keys_values[:, :B, :, :mask.size(-1)]
         if mask is not None and mask.dim() == 1:
-            q, k, v = (t.transpose(1, 2).flatten(0, 1).to(v.dtype) for t in (q, k, v))
-            y = varlen_attn(q, k, v, mask, mask, T, T, window_size=(-1, 0)).view(x.shape)
+            flat = (t.transpose(1, 2).flatten(0, 1).to(v.dtype) for t in (q, k, v))  # (B * T, H, D)
+            y = varlen_attn(*flat, mask, mask, T, T, window_size=(-1, 0)).view(x.shape)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            with torch.autocast("cpu", enabled=False):  # there it takes twice as long in bfloat16
+                y = F.scaled_dot_product_attention(
+                    q, k, v.to(q.dtype), attn_mask=mask, is_causal=mask is None)
             y = y.transpose(1, 2).flatten(2)
         return self.proj(y)
 
