@@ -88,7 +88,7 @@ class Attention(nn.Module):
         else:
             with torch.autocast("cpu", enabled=False):  # there it takes twice as long in bfloat16
                 y = F.scaled_dot_product_attention(
-                    q, k, v.to(q.dtype), attn_mask=mask, is_causal=mask is None)
+                    q, k, v if x.is_cuda else v.to(q.dtype), attn_mask=mask, is_causal=mask is None)
             y = y.transpose(1, 2).flatten(2)
         return self.proj(y)
 
@@ -366,8 +366,8 @@ class Decoder:
         """Feed the first n slots their tokens, at positions below `limit`, and draw the next."""
         state, device = self.state[:n], self.cache.device
         tokens, positions = state[:, :2, None].long().unbind(1)  # (n, 1) each
-        mask = torch.where(torch.arange(limit, device=device) <= positions, 0, -math.inf)
-        mask = mask.to(self.cache.dtype)[:, None, None]  # (n, 1, 1, limit)
+        mask = torch.where(torch.arange(limit, device=device) <= positions, 0, -math.inf).to(
+            self.cache.dtype)[:, None, None]  # (n, 1, 1, limit); a bool is turned in each layer
         x = self.model.hidden(tokens, positions, mask, self.cache, torch.arange(n, device=device))
         logits = self.head(x[:, 0])
         drawn = (logits.argmax(-1) if greedy else
@@ -382,8 +382,8 @@ class Decoder:
             [(row.new or row.prompt)[-1], at, row.temperature]
             + [row.random.random() for _ in range(self.chunk)] for row, at in zip(rows, positions)])
         # on CUDA few shapes, few graphs: a slot without a row is fed a token at position 0, in vain
-        unit, of_rows = (64, 64) if cuda else (16, 1)
-        n = min(of_rows * math.ceil(len(rows) / of_rows), len(self.state))
+        unit, n = 64 if cuda else 16, len(rows)
+        n = min(unit * math.ceil(n / unit), len(self.state)) if cuda else n
         limit = unit * math.ceil((max(positions) + self.chunk) / unit)
         shape = n, limit, not any(row.temperature for row in rows)
         for _ in range(self.chunk):
@@ -400,9 +400,9 @@ class Decoder:
 
 
 def sample_tokens(logits, temperatures, top_p, u):
-    """One token a row. logits: (B, V); temperatures: (B,), 0 is argmax, and so is a top_p
-    of 0; u: (B,) uniform in [0, 1). The inverse of the cumulative distribution over the nucleus:
-    the fewest likeliest tokens that hold top_p, and those as likely as the last of them."""
+    """One token a row. logits: (B, V); temperatures: (B,), 0 is argmax, and so is a top_p of 0; u:
+    (B,) uniform in [0, 1). The inverse of the cumulative distribution over the nucleus: the fewest
+    likeliest tokens that hold top_p, and those as likely as the last of them."""
     best, likeliest = logits.max(-1, keepdim=True)
     weigh = lambda x: ((x.float() - best) / temperatures.clamp(min=1e-6)[:, None]).exp()
     w = weigh(logits)

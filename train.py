@@ -645,7 +645,7 @@ def plot_logs(paths, png):
             die(f"{path} is not the log.jsonl of a run")
         for key in ("loss", "val_loss"):
             at = [x for x in lines if key in x]
-            plt.plot([x["tokens"] for x in at], [x[key] for x in at], label=f"{path}: {key}")
+            plt.semilogy([x["tokens"] for x in at], [x[key] for x in at], label=f"{path}: {key}")
     plt.xlabel("tokens")
     plt.legend()
     plt.savefig(png, format="png")

@@ -382,6 +382,31 @@ def test_values_at_the_edge_work(workspace, tmp_path):
     assert status == 0 and "warmup_iters=9: the learning rate rises until the run ends" in out, err
 
 
+def test_auto_is_bfloat16_where_a_device_multiplies_it(monkeypatch):
+    for flag, dtype in (("avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"),
+                        ("avx512_f", "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flag=flag: {flag: True})
+        assert train.pick_dtype("auto", torch.device("cpu")) == dtype
+        assert train.pick_dtype("float32", torch.device("cpu")) == "float32"
+        assert train.pick_dtype("bfloat16", torch.device("cpu")) == "bfloat16"
+    assert train.pick_dtype("auto", torch.device("cuda")) == "bfloat16"
+    assert train.pick_dtype("auto", torch.device("mps")) == "float32"
+
+
+@pytest.mark.parametrize("dataset", ["text", "edits"])
+def test_bfloat16_learns_what_float32_does(workspace, tmp_path, dataset):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        args = ("--optimizer=muon", f"--dtype={dtype}", "--max_iters=30", "--log_interval=1",
+                f"--dataset={dataset}", f"--out_dir={tmp_path / dtype}")
+        status, out, err = call("train.py", *LONGER, *args, cwd=workspace)
+        assert status == 0 and f"cpu, {dtype}" in out, err
+        rows = map(json.loads, (tmp_path / dtype / "log.jsonl").read_text().splitlines())
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] != losses[1] and losses[0][-1] < losses[0][0] - 0.3
+    assert all(abs(a - b) < 0.03 for a, b in zip(*losses)), losses
+
+
 def test_compile_without_a_compiler_is_said(workspace, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
