@@ -55,6 +55,11 @@ def run(script, *args, cwd, ranks=1):
     return process.returncode, out, err
 
 
+def log_lines(folder):
+    """The lines of a run's log.jsonl."""
+    return [json.loads(line) for line in open(folder / "log.jsonl")]
+
+
 def call(script, *args, cwd):
     """run() in this process, for what a script refuses or does in a moment: to start another takes
     seconds."""

@@ -1,6 +1,5 @@
 """What a CUDA GPU does otherwise, against the CPU; skipped where there is none. Each test starts
 processes of its own: all other tests hide the GPU from this one."""
-import json
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 
 import pytest
 
-from conftest import ROOT, run, start
+from conftest import ROOT, log_lines, run, start
 
 SHAPE = ("--block_size=128", "--n_layer=2", "--n_head=2", "--n_embd=128", "--batch_size=8",
          "--micro_batch=8", "--warmup_iters=2", "--log_interval=1", "--eval_interval=10",
@@ -17,7 +16,7 @@ SHAPE = ("--block_size=128", "--n_layer=2", "--n_head=2", "--n_embd=128", "--bat
 
 
 def python(program, cwd, ranks=1, *args):
-    """Standard output of a program that may import ours."""
+    """Run a program that may import ours."""
     path = cwd / "program.py"
     path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + textwrap.dedent(program))
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone",
@@ -25,17 +24,15 @@ def python(program, cwd, ranks=1, *args):
     done = subprocess.run([sys.executable, *launcher, str(path), *args], cwd=cwd, text=True,
                           capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def losses(folder):
-    rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return {(row["step"], key): row[key] for row in rows for key in ("loss", "val_loss")
-            if key in row}
+    return {(x["step"], key): x[key] for x in log_lines(folder) for key in ("loss", "val_loss")
+            if key in x}
 
 
-def train(workspace, out, *args, **how):
-    status, printed, err = run("train.py", f"--out_dir={out}", *SHAPE, *args, cwd=workspace, **how)
+def train(workspace, out, *args):
+    status, printed, err = run("train.py", f"--out_dir={out}", *SHAPE, *args, cwd=workspace)
     assert status == 0, printed + err
     return printed
 
@@ -131,7 +128,6 @@ def test_cuda_graphs_write_the_cpus_tokens(gpu, tmp_path):
                 mine = write()
                 model.cpu()
                 same = sum(a == b for a, b in zip(mine, right))
-                print(temperature, len(check_tokens), same, [len(x) for x in right])
                 assert same >= 15, (mine, right)  # a tie in the last bit may fall otherwise
         """, tmp_path)
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, run, start
+from conftest import ROOT, call, log_lines, run, start
 
 import train
 
@@ -17,10 +17,6 @@ TINY = ("--block_size=64", "--n_layer=2", "--n_head=2", "--n_embd=32", "--batch_
         "--micro_batch=8", "--warmup_iters=2", "--learning_rate=3e-3", "--eval_rows=16",
         "--eval_interval=10", "--log_interval=1")
 LONGER = (*TINY, "--block_size=256")  # room for whole examples
-
-
-def log_lines(folder):
-    return [json.loads(line) for line in open(folder / "log.jsonl")]
 
 
 def losses(folder):
@@ -395,16 +391,15 @@ def test_auto_is_bfloat16_where_a_device_multiplies_it(monkeypatch):
 
 @pytest.mark.parametrize("dataset", ["text", "edits"])
 def test_bfloat16_learns_what_float32_does(workspace, tmp_path, dataset):
-    losses = []
+    seen = []
     for dtype in ("float32", "bfloat16"):
         args = ("--optimizer=muon", f"--dtype={dtype}", "--max_iters=30", "--log_interval=1",
                 f"--dataset={dataset}", f"--out_dir={tmp_path / dtype}")
         status, out, err = call("train.py", *LONGER, *args, cwd=workspace)
         assert status == 0 and f"cpu, {dtype}" in out, err
-        rows = map(json.loads, (tmp_path / dtype / "log.jsonl").read_text().splitlines())
-        losses.append([row["loss"] for row in rows if "loss" in row])
-    assert losses[0] != losses[1] and losses[0][-1] < losses[0][0] - 0.3
-    assert all(abs(a - b) < 0.03 for a, b in zip(*losses)), losses
+        seen.append([x["loss"] for x in log_lines(tmp_path / dtype) if "loss" in x])
+    assert seen[0] != seen[1] and seen[0][-1] < seen[0][0] - 0.3
+    assert all(abs(a - b) < 0.03 for a, b in zip(*seen)), seen
 
 
 def test_compile_without_a_compiler_is_said(workspace, tmp_path, monkeypatch):
