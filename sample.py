@@ -77,7 +77,9 @@ def load_model(init_from, device="auto", dtype="auto"):
     except Exception as e:  # whatever is in the files
         best = Path(init_from, "best.pt")
         torn = "ckpt.pt cannot be read" in str(e) and best.is_file()
-        die(f"{init_from} on {device}: {one_line(e)}" + f"; put {best} in its place" * torn)
+        foreign = "config.json cannot be read" in str(e)
+        die(f"{init_from} on {device}: {one_line(e)}" + f"; put {best} in its place" * torn
+            + "; nor is there a ckpt.pt, as train.py writes it" * foreign)
     return model, enc
 
 

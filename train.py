@@ -5,9 +5,10 @@
     python train.py --plot=loss.png out/log.jsonl out-muon/log.jsonl # the curves of runs
 
 Reads data/<dataset>/ (prepare.py), writes out_dir/ckpt.pt (the last state, to go on from), best.pt
-(the lowest validation loss, without the optimizer's state; none without validation data; to sample
-from it, copy it as ckpt.pt into a folder of its own) and log.jsonl. Run the same command again and
-it goes on where it stopped, with the settings it is given now; Ctrl-C and SIGTERM save first.
+(the lowest validation loss, without the optimizer's state; none without validation data, or while
+step 0 is the lowest; to sample from it, copy it as ckpt.pt into a folder of its own) and log.jsonl.
+Run the same command again and it goes on where it stopped, with the settings it is given now;
+Ctrl-C and SIGTERM save first.
 
 Every epoch visits every row once, in an order that depends on the seed and the step alone: not on
 ranks, nor on restarts. Nothing else is drawn after the first weights, so a checkpoint holds no
@@ -33,8 +34,8 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-# Now: imported later, by torch.compile or the first step, its functions' default arguments would
-# hold the process group, whose threads then abort the end of Python
+# Early on purpose: imported after init_process_group (by torch.compile, or the first step), its
+# functions' default arguments keep the group alive, whose threads then abort Python's end
 import torch.distributed.nn
 
 import config
@@ -104,8 +105,8 @@ def join_ranks(cfg):
 
 def pick_dtype(name, device):
     """A dtype's name; for "auto" bfloat16 where the device multiplies it faster than float32: on
-    CUDA, and on CPUs with AVX512-BF16 or AMX (twice as fast, a third of a step at the demo's
-    size)."""
+    CUDA, and on CPUs with AVX512-BF16 or AMX (training is 1.8 times as fast at 150M, 1.3 at the
+    demo's size)."""
     cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     fast = device.type == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return name if name != "auto" else "bfloat16" if fast else "float32"
@@ -113,8 +114,8 @@ def pick_dtype(name, device):
 
 def keep_freed_memory():
     """Have glibc keep what is freed: it hands large blocks back to the kernel, which clears them
-    anew in every step of a CPU. A sixth of its time at 150M, 2% at the demo's size; other C
-    libraries lack it."""
+    anew in every step of a CPU. In bfloat16 that was a third of a step at 150M, an eighth at the
+    demo's size; other C libraries lack it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
@@ -151,7 +152,7 @@ class TextRows(Rows):
         return max(0, len(self.tokens) - 1) // self.T * epochs
 
     @cache
-    def order(self, epoch):  # 8 bytes a row
+    def order(self, epoch):  # 8 bytes a row and epoch, kept
         return np.random.default_rng((self.seed, epoch)).permutation(self.count())
 
     def __getitem__(self, i):
@@ -167,8 +168,8 @@ class TextRows(Rows):
 class ExampleRows(Rows):
     """Instruction data: whole examples packed into rows, loss on their responses alone. An example
     that is longer than block_size loses its end, as the paper's do; one that loses all of its
-    response is left out. The plan of all epochs is held in memory, some 50 bytes an example and
-    epoch (45 MB for 88,900 pairs * 5 sequences * 2 epochs)."""
+    response is left out. The plan of all epochs is held in memory, some 85 bytes an example and
+    epoch (75 MB for 88,900 pairs * 5 sequences * 2 epochs)."""
 
     def __init__(self, folder, split, cfg):
         super().__init__(folder, split, cfg)
@@ -367,7 +368,7 @@ def orthogonalize(g):
     return x
 
 
-def make_optimizers(model, cfg, saved=()):
+def make_optimizers(model, cfg, saved):
     """AdamW for all weights, or for all but the matrices of the blocks, which Muon takes; with the
     running averages of the `saved` ones, but the rates that are asked for now. All weights are
     matrices (the norms have none), so weight decay holds for all."""
@@ -398,11 +399,12 @@ def learning_rate_scale(step, max_iters, cfg):
 
 
 def set_learning_rates(optimizers, scale, cfg):
-    """Scale the peaks; what is used now, for the log."""
+    """Scale the peaks, of each optimizer in make_optimizers' order; what is used now, for the
+    log."""
     rates = {"lr": cfg.learning_rate * scale}
     if cfg.optimizer == "muon":
         rates["muon_lr"] = cfg.muon_lr * scale
-    for optimizer, rate in zip(optimizers, rates.values()):
+    for optimizer, rate in zip(optimizers, rates.values(), strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
     return rates
@@ -432,7 +434,7 @@ def read_checkpoint(path):
     """What save_checkpoint wrote, on the CPU."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["meta"]["fingerprint"], checkpoint["evaluated"]  # of train.py's own
+        checkpoint["meta"]["fingerprint"], checkpoint["evaluated"]  # KeyError: not train.py's
         return checkpoint
     except Exception as e:  # whatever the bytes of a torn or another file bring up
         best = path.with_name("best.pt")
@@ -440,9 +442,9 @@ def read_checkpoint(path):
         die(f"{path} cannot be read ({e!r:.200}); {mend}delete it to start anew")
 
 
-def check_same_run(path, checkpoint, run):
+def check_same_run(path, checkpoint, must_match):
     """Refuse a checkpoint that this run cannot go on from."""
-    changed = [f"{k} was {checkpoint[key].get(k)!r}, is {v!r}" for key, now in run.items()
+    changed = [f"{k} was {checkpoint[key].get(k)!r}, is {v!r}" for key, now in must_match.items()
                for k, v in now.items() if checkpoint[key].get(k) != v]
     if changed:
         die(f"{path} is of another run: {'; '.join(changed)}; set it back or choose another "
@@ -509,7 +511,7 @@ def main():
     if cfg.plot:
         return plot_logs(cfg.paths or (f"{cfg.out_dir}/log.jsonl",), cfg.plot)
     if cfg.paths:
-        die(f"{cfg.paths[0]}: a config file lives in a folder named config/; logs go with --plot")
+        die(f"{cfg.paths[0]}: a config file lives in config/ and ends in .py; logs go with --plot")
     if cfg.batch_size % WORLD:
         die(f"batch_size={cfg.batch_size} is not a multiple of the {WORLD} ranks")
     device = join_ranks(cfg)
@@ -527,11 +529,11 @@ def main():
     cfg.block_size = min(cfg.block_size, model.config.block_size)
     train_rows, val_rows = make_rows(DATA / cfg.dataset, meta["form"], cfg)
     max_iters = cfg.max_iters or math.ceil(train_rows.count(cfg.epochs) / cfg.batch_size)
-    run = {"config": asdict(model.config), "meta": meta, "order": {k: getattr(cfg, k) for k in (
-        "batch_size", "block_size", "seed", "optimizer", "dataset")}}  # what must stay as it was
+    must_match = {"config": asdict(model.config), "meta": meta, "order": {  # of both runs
+        k: getattr(cfg, k) for k in "batch_size block_size seed optimizer dataset".split()}}
     step, best, last_eval = 0, math.inf, -1
     if checkpoint:
-        check_same_run(ckpt, checkpoint, run)
+        check_same_run(ckpt, checkpoint, must_match)
         model.load_state_dict(checkpoint.pop("model"))
         step, best, last_eval = (checkpoint[k] for k in ("step", "best", "evaluated"))
         if step > max_iters or step == max_iters == last_eval:
@@ -568,13 +570,13 @@ def main():
                 wandb.log(line, step=step)
 
     def save():
-        state = run | {"model": model.state_dict(), "step": step, "best": best,
+        state = must_match | {"model": model.state_dict(), "step": step, "best": best,
                        "evaluated": last_eval, "settings": vars(cfg)}
-        if last_eval == step and val == best:  # first: killed in between, a run saves both again
+        if last_eval == step and val == best:  # first: killed in between, a run makes both again
             save_checkpoint(out / "best.pt", state)
         save_checkpoint(ckpt, state | {"optimizers": [o.state_dict() for o in optimizers]})
 
-    batches, val = read_step(train_rows, step, cfg, device), math.nan
+    batches, val = read_step(train_rows, step, cfg, device), math.nan  # so best.pt stays till then
     while True:
         if last_eval != step and (step % cfg.eval_interval == 0 or step == max_iters):
             if val_rows.count():
@@ -590,7 +592,7 @@ def main():
             break
 
         config.adapt_threads()
-        begun = time.time()
+        begun = time.monotonic()
         # over all ranks: the targets of this step, and who was asked to stop, which ends them all
         counts = torch.tensor([sum(n for _, n in batches), len(stop)])
         targets, asked = sum_over_ranks(counts).tolist()
@@ -623,7 +625,7 @@ def main():
 
         if step % cfg.log_interval == 0 or step in (1, max_iters):
             loss = sum_over_ranks(total).item()
-            speed = step_tokens / (time.time() - begun)
+            speed = step_tokens / (time.monotonic() - begun)
             mfu = speed * model.flops_per_token(cfg.block_size) / (WORLD * find_peak(device))
             left = timedelta(seconds=round((max_iters - step) * step_tokens / speed))
             say(f"step {step:>6,}/{max_iters:,} | loss {loss:.4f} | lr {rates['lr']:.1e} | norm "

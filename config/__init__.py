@@ -58,12 +58,13 @@ try:
     RANK = int(os.environ.get("RANK", 0))
     WORLD = int(os.environ.get("WORLD_SIZE", 1))
     LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-    if not 0 <= RANK < WORLD:
-        raise ValueError(f"rank {RANK} of {WORLD}")
+    _local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not 0 <= RANK < WORLD or _local_world < 1:
+        raise ValueError(f"rank {RANK} of {WORLD}, {_local_world} on this machine")
 except ValueError as e:
-    sys.exit(f"the environment's RANK, WORLD_SIZE or LOCAL_RANK is wrong: {e}")
+    sys.exit(f"the environment's RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is wrong: {e}")
 _cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-CPUS = max(1, _cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # for this rank alone
+CPUS = max(1, _cpus // _local_world)  # for this rank alone
 
 
 def die(message, status=1):
@@ -79,11 +80,11 @@ def say(line):
         print(line, flush=True)
 
 
-FAULTS = {  # what torch's RuntimeErrors say of what a user can mend: how
+FAULTS = {  # a pattern in what torch's RuntimeErrors and IndexErrors say: how a user mends it
     "out of memory|allocate memory":
         "out of memory: halve --micro_batch (of train.py; it changes no result) or --decode_batch "
         "(of evaluate.py), or take a smaller model",
-    "index out of range|out of bounds|device-side assert":
+    "index out of range in self|Target .* out of bounds|index out of bounds:|device-side assert":
         "the data holds numbers that its meta.json's vocab_size does not: prepare it again",
     "No working C": "torch.compile wants a C++ compiler (g++): install one, or --compile=no",
     "by peer|Broken pipe|imed out":
@@ -99,9 +100,10 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        die("stopped; the same command goes on from here", 130)
+        die("stopped; the same command goes on from what is saved", 130)
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141)  # as of a program that SIGPIPE ends: the work is not done
     except BrokenProcessPool:
         die("a worker was killed (out of memory?): the same command goes on, with fewer --workers")
     except ModuleNotFoundError as e:  # an optional one
@@ -233,7 +235,7 @@ def load(settings, argv=None):
     Exits with one line and status 2 on an unknown key, a value that does not fit, no such file."""
     module = sys.modules[settings.__module__]
     defaults = {k: v for k, v in vars(settings).items() if not k.startswith("_")}
-    known_keys = set(defaults).union(*map(read_settings, ROOT.glob("*.py")))  # of all scripts
+    known_keys = set(defaults).union(*map(read_settings, ROOT.glob("[a-z]*.py")))  # of all scripts
     allowed = {k: get_args(v) or v for k, v in settings.__annotations__.items()}
     cfg = SimpleNamespace(**defaults)
 
@@ -314,12 +316,15 @@ def write_jsonl(path, rows):
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def read_json(path):
-    """What write_whole wrote into a file as JSON; die where it is something else now."""
+def read_json(path, key=None):
+    """What write_whole wrote into a file as JSON, or what that has under `key`; die where it is
+    something else now."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as e:
-        die(f"{path} is broken ({e}): delete it, and the same command makes it anew")
+        value = json.loads(path.read_bytes())
+        return value[key] if key else value
+    except (ValueError, KeyError, TypeError) as e:
+        die(f"{path} is broken, or another's ({e!r}): move it away, and the same command makes it "
+            "anew")
 
 
 def lock_file(path):
@@ -380,8 +385,9 @@ def read_rows(path):
 
 
 def read_pair(row, instruction="instruction", response="response"):
-    """A row's instruction and response, a text, or `edit_path`, a list of texts; these are the
-    names of the fields. ValueError, with the reason, where it has none, and where it is one."""
+    """(instruction, response) of a row; the arguments name the two fields. The response is a text,
+    or under the name `edit_path` a list of texts. ValueError, with the reason, where one of them is
+    missing; a row that is a ValueError itself (read_rows) is raised."""
     if isinstance(row, ValueError):
         raise row
     pair = row.get(instruction), row.get(response)
@@ -400,7 +406,7 @@ def open_parquet(path):
 
 # -- Workers ---------------------------------------------------------------------------------------
 
-def start_pool(workers=0, initializer=None, *args):
+def start_pool(workers, initializer, *args):
     """A ProcessPoolExecutor of `workers` processes (0: one a CPU), where initializer(*args) is the
     first that each calls."""
     return ProcessPoolExecutor(workers or CPUS, multiprocessing.get_context("spawn"), start_worker,
@@ -418,5 +424,4 @@ def start_worker(parent, initializer, args):
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if initializer:
-        initializer(*args)
+    initializer(*args)

@@ -34,7 +34,7 @@ def states(edits):
 
 def draw_edits(instruction, panels):
     """An SVG of a program's states side by side."""
-    width = 20 + CHARACTER * max(len(line) for lines in panels for line in lines)
+    width = 20 + CHARACTER * max((len(line) for lines in panels for line in lines), default=0)
     title = textwrap.wrap(instruction, int(len(panels) * width / CHARACTER) - 3)
     top = LINE * (len(title) + 1)
     height = top + LINE * (len(panels[-1]) + 2)
@@ -76,10 +76,10 @@ def plot_scores(runs, path):
 
 def main():
     problems = [row for _, row in config.read_rows("data/demo-problems.jsonl")]
-    for _, row in config.read_rows(RESULTS / "out-demo-edits-t0/samples.jsonl"):
-        panels = list(states(lintseq.split_edits(row["raw"])))
-        if row["passed"] and 3 <= len(panels) <= 4:
-            break
+    samples = [row for _, row in config.read_rows(RESULTS / "out-demo-edits-t0/samples.jsonl")]
+    right = [row for row in samples if row["passed"] and 3 <= row["edits"] <= 4]
+    row = (right or [max(samples, key=lambda row: row["edits"])])[0]
+    panels = list(states(lintseq.split_edits(row["raw"]))) or [[]]
     instruction = {row["task_id"]: row["instruction"] for row in problems}[row["task_id"]]
     (RESULTS / "edits.svg").write_text(draw_edits(instruction, panels), encoding="utf-8")
     plot_scores(json.loads((RESULTS / "results.json").read_text())["runs"], RESULTS / "plot.png")

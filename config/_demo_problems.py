@@ -207,7 +207,7 @@ def family(size, heldout, seed):
     train = [c for group in groups[heldout:] for c in group]
     rng.shuffle(train)
     pairs = [family_problem(train[i % len(train)], rng) for i in range(size)]
-    problems = [{"task_id": f"family/{i}", "composition": c, **family_problem(c, rng)}
+    problems = [{"task_id": f"family/{i}", **family_problem(c, rng)}
                 for i, c in enumerate(test)]
     return ([{key: p[key] for key in ("instruction", "response")} for p in pairs],
             [{**p, "canonical_solution": p.pop("response")} for p in problems])

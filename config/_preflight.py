@@ -1,6 +1,7 @@
-"""What `make 150m GPUS=4` does first: it says what the whole run takes, and refuses in one line
-where something is missing.
+"""What `make demo` and `make 150m GPUS=4` do first: say what the whole run takes, and refuse in one
+line where something is missing, not after hours of training.
 
+    python -m config._preflight demo 1
     python -m config._preflight 150m 4
 """
 import importlib
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import config
+import evaluate
 import prepare
 
 TOKENS = 72e9  # two epochs over 36 billion (arXiv 2410.02749)
@@ -23,9 +25,20 @@ def bytes_under(folder):
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def check_sandbox(unsafe):
+    """die where evaluate.py could not run a model's programs."""
+    try:
+        evaluate.run_program("pass", unsafe=unsafe)
+    except RuntimeError as e:
+        config.die(f"{e}, as in {sys.argv[0]} UNSAFE=--unsafe")
+
+
 def main():
-    name, gpus = sys.argv[1:]
+    name, gpus, *unsafe = sys.argv[1:]
     sys.argv[0] = f"make {name}"
+    check_sandbox(bool(unsafe))
+    if name == "demo":
+        return
     if not gpus.isdecimal() or int(gpus) < 1:
         config.die(f"GPUS={gpus!r} is no number of GPUs", 2)
     gpus = int(gpus)
@@ -52,9 +65,9 @@ def main():
                    "bigcode/the-stack and set HF_TOKEN to a token of that account")
     data, hub = Path("data"), Path(constants.HF_HUB_CACHE)
     cached = [hub / f"datasets--{prepare.HUB[corpus][0].replace('/', '--')}"
-              for corpus in settings.corpora]
+              for corpus in ("fineweb", "the-stack")]
     still_free = {}  # number of a file system: its free bytes, less what is to be written there
-    for folder, parts, wanted in ((data, [data], DATA), (hub, cached, HUB)):
+    for folder, parts, wanted in ((data, [data / settings.dataset], DATA), (hub, cached, HUB)):
         folder.mkdir(parents=True, exist_ok=True)
         disk = folder.stat().st_dev
         still_free.setdefault(disk, shutil.disk_usage(folder).free)

@@ -95,6 +95,20 @@ def stop_servers():
             servers.pop().communicate()  # end of file: it ends by itself
 
 
+def skip_without_namespaces():
+    """Skip a module where the kernel lets nobody make namespaces. Where util-linux's unshare can,
+    evaluate.py has to: its RuntimeError is a failure."""
+    import evaluate
+    try:
+        evaluate.run_program("pass")
+    except RuntimeError as reason:
+        probe = "unshare -r --mount --pid --net --ipc --fork mount -t tmpfs none /tmp"
+        with contextlib.suppress(FileNotFoundError):
+            if subprocess.run(probe.split(), capture_output=True).returncode == 0:
+                raise
+        pytest.skip(str(reason), allow_module_level=True)
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory):
     """A folder with small real data: data/text from some standard library files, data/edits and

@@ -40,7 +40,7 @@ def test_defaults_file_then_command_line(tmp_path):
     (["--learning_rate=nan"], "is not at least 0"),
     (["--beta1=1.5"], "is not at least 0 and at most 0.99999"),
     (["config/dem.py"], "no such config file; the nearest is 'config/demo.py'"),
-    (["config/mine.txt"], "a config file lives in a folder named config/"),
+    (["config/mine.txt"], "a config file lives in config/ and ends in .py"),
 ])
 def test_mistakes_get_one_line(args, message, tmp_path):
     try_it = run if args == ["--max_iter=5"] else call  # one as users start it
@@ -208,14 +208,54 @@ def test_what_was_written_whole_and_is_broken_now_is_named(tmp_path):
 def test_a_number_of_gpus_that_is_none_is_refused(monkeypatch, capsys):
     from config import _preflight
     says = "make 150m: GPUS={!r} is no number of GPUs\n".format
-    made = subprocess.run([sys.executable, "-m", "config._preflight", "150m", "0"], cwd=ROOT,
-                          capture_output=True, text=True)
+    made = subprocess.run([sys.executable, "-m", "config._preflight", "150m", "0", "--unsafe"],
+                          cwd=ROOT, capture_output=True, text=True)
     assert (made.returncode, made.stderr) == (2, says("0"))
     for gpus in ("x", "-1", ""):
-        monkeypatch.setattr(sys, "argv", ["_preflight.py", "150m", gpus])
+        monkeypatch.setattr(sys, "argv", ["_preflight.py", "150m", gpus, "--unsafe"])
         with pytest.raises(SystemExit) as end:
             _preflight.main()
         assert (end.value.code, capsys.readouterr().err) == (2, says(gpus))
+
+
+def test_no_sandbox_is_said_before_the_hours_of_training(monkeypatch, capsys):
+    from config import _preflight
+
+    def refuse(source, unsafe):
+        if not unsafe:
+            raise RuntimeError("no sandbox: to run programs all the same: --unsafe")
+    monkeypatch.setattr(_preflight.evaluate, "run_program", refuse)
+    monkeypatch.setattr(sys, "argv", ["_preflight.py", "demo", "1"])
+    with pytest.raises(SystemExit):
+        _preflight.main()
+    assert capsys.readouterr().err == ("make demo: no sandbox: to run programs all the same: "
+                                       "--unsafe, as in make demo UNSAFE=--unsafe\n")
+    sys.argv = ["_preflight.py", "demo", "1", "--unsafe"]
+    _preflight.main()
+
+
+def test_a_fault_of_the_code_is_no_fault_of_the_data():
+    for message in ("list index out of range", "index 5 is out of bounds for axis 0 with size 3"):
+        def main():
+            raise IndexError(message)
+        with pytest.raises(IndexError):
+            config.run(main)
+
+
+def test_a_reader_that_goes_away_is_no_success(tmp_path):
+    (tmp_path / "long.py").write_text("x = 1\n" * 500)
+    made = subprocess.run(["bash", "-c", f"{sys.executable} {ROOT}/lintseq.py " + "long.py " * 99
+                           + "| head -1; echo ${PIPESTATUS[0]}"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert made.stdout.endswith("\n141\n") and made.stderr == ""
+
+
+def test_an_editors_lock_beside_the_scripts_is_passed_over(tmp_path, monkeypatch):
+    from train import Settings
+    (tmp_path / "train.py").write_text((ROOT / "train.py").read_text())
+    (tmp_path / ".#train.py").symlink_to("user@host:1")  # a link to nowhere, as Emacs makes it
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    assert config.load(Settings, ["--max_iters=3"]).max_iters == 3
 
 
 def test_an_output_without_the_letters_is_no_matter(tmp_path, monkeypatch):
@@ -262,7 +302,7 @@ def test_what_the_papers_run_lacks_is_said_first(gpus, change, message, tmp_path
     from config import _preflight
     change = {"token": "hf_x", "free": 1e15, "cached": 0, "made": False} | change
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["_preflight.py", "150m", str(gpus)])
+    monkeypatch.setattr(sys, "argv", ["_preflight.py", "150m", str(gpus), "--unsafe"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(hub, "get_token", lambda: change["token"])
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -330,9 +370,9 @@ def test_the_seconds_that_cpus_were_busy():
 
 
 @pytest.mark.parametrize("env", [{"RANK": "1"}, {"RANK": "x"}, {"WORLD_SIZE": "0"},
-                                 {"RANK": "2", "WORLD_SIZE": "2"}])
+                                 {"RANK": "2", "WORLD_SIZE": "2"}, {"LOCAL_WORLD_SIZE": "0"}])
 def test_ranks_that_cannot_be(env):
     process = subprocess.run([sys.executable, "-c", "import config"], cwd=ROOT, text=True,
                              env={**os.environ, **env}, capture_output=True)
     assert process.returncode == 1 and process.stderr.count("\n") == 1
-    assert process.stderr.startswith("the environment's RANK, WORLD_SIZE or LOCAL_RANK is wrong")
+    assert process.stderr.startswith("the environment's RANK, WORLD_SIZE, LOCAL_RANK or ")

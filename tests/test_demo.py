@@ -29,8 +29,6 @@ def test_family_is_large_and_holds_compositions_out():
     assert len(pairs) == 2000 and len(problems) == 100
     names = "|".join(["", *demo.NAMES, *demo.ARGUMENTS])
     shape = lambda code: re.sub(r"\d+" + names, "_", code)
-    held = {tuple(p["composition"]) for p in problems}
-    assert len(held) == 100
     trained = {shape(p["response"]) for p in pairs}
     assert not trained & {shape(p["canonical_solution"]) for p in problems}
     assert len({p["instruction"] for p in pairs}) == 2000
@@ -119,7 +117,7 @@ def test_the_pictures_show_the_edits_and_the_scores(tmp_path):
     (tmp_path / "data/demo-problems.jsonl").write_text(json.dumps(problem) + "\n")
     raw = ("@@ -0,0 +1 @@\n+def f(x):\n<|diff|>@@ -1,0 +2 @@\n+    return y\n<|diff|>"
            "@@ -1,0 +2 @@\n+    y = x < 1\n<|diff|>\n<|diff|>")
-    row = {"task_id": "family/0", "raw": raw, "passed": True}
+    row = {"task_id": "family/0", "raw": raw, "passed": True, "edits": 3}
     (folder / "out-demo-edits-t0/samples.jsonl").write_text(json.dumps(row) + "\n")
     runs = [{"model": "out-demo-edits", "temperature": t, "correct": {"family/0": [4, 2]}}
             for t in (0.0, 1.0)]

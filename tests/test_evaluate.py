@@ -17,15 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, call, run, stop_servers
+from conftest import ROOT, call, run, skip_without_namespaces, stop_servers
 
 import evaluate
 import sample
 
-try:
-    evaluate.run_program("pass")
-except RuntimeError as reason:
-    pytest.skip(str(reason), allow_module_level=True)
+skip_without_namespaces()
 
 
 def problems(benchmark="humaneval", benchmark_file="", limit=0):
@@ -474,7 +471,7 @@ def test_a_changed_completion_is_judged_anew(tmp_path):
     assert judged((0, right), (0, wrong), (1, wrong))[1] == [True, False, False]
     text, passed = judged((0, wrong), (0, wrong))
     assert passed == [False, False] and "ran 1 programs of 2" in text
-    assert "1 of 2 problems have no completion" in text
+    assert f"{path}: 1 of 2 problems have none and are left out" in text
     assert "pass@10 takes 10 samples of every problem" in text
     kept = rows(out / "journal-0.jsonl")
     assert judged((0, wrong), (0, wrong))[1] == [False, False]
@@ -496,11 +493,36 @@ def test_a_package_that_was_missing_is_looked_for_again(tmp_path):
     write_jsonl(tmp_path / "own.jsonl", OWN[1:2])
     write_jsonl(tmp_path / "c.jsonl", [
         {"task_id": "own/1", "completion": "import hunted_module\ndef f(x): return x + 1\n"}])
-    for ran in (1, 1):
+    for _ in range(2):
         _, out, err = call("evaluate.py", f"--benchmark={tmp_path}/own.jsonl", "--ks=1",
                            f"--completions={tmp_path}/c.jsonl", "--results=r", cwd=tmp_path)
-        assert f"ran {ran} programs of 1" in out, err
+        assert "ran 1 programs of 1" in out, err
         stop_servers()
+
+
+def test_two_files_of_one_name_are_two_rows_and_one_without_problems_is_said(tmp_path):
+    write_jsonl(tmp_path / "own.jsonl", OWN[:2])
+    for folder in ("a", "b", "out"):
+        (tmp_path / folder).mkdir()
+    write_jsonl(tmp_path / "out/results.json", [[]])
+    for folder, body in (("a", "x"), ("b", "None")):
+        write_jsonl(tmp_path / folder / "samples.jsonl", [
+            {"task_id": "own/0", "completion": f"def f(x): return {body}"}])
+    score = lambda path, *args: call(
+        "evaluate.py", f"--completions={path}", f"--benchmark={tmp_path}/own.jsonl", "--ks=1",
+        "--results=out", *args, cwd=tmp_path)
+    _, out, err = score("a/samples.jsonl")
+    assert "a/samples.jsonl  100.0 ± 0.0" in out  # before it looks at what is there already
+    assert "out/results.json is broken, or another's" in err and err.count("\n") == 1
+    (tmp_path / "out/results.json").unlink()
+    for path in ("a/samples.jsonl", "b/samples.jsonl"):
+        assert score(path)[0] == 0
+    runs = json.loads((tmp_path / "out/results.json").read_text())["runs"]
+    assert [(run["model"], run["pass@k"]["1"]["mean"]) for run in runs] == [
+        ("a/samples.jsonl", 1), ("b/samples.jsonl", 0)]
+    write_jsonl(tmp_path / "c.jsonl", [{"task_id": "own/1", "completion": ""}])
+    status, _, err = score("c.jsonl", "--limit=1")
+    assert status == 1 and err.endswith("c.jsonl: 1 of 1 problems have none and are left out\n")
 
 
 def test_scores_of_other_models_and_problems_are_kept(fake, tmp_path):
@@ -548,18 +570,28 @@ def test_two_runs_do_not_write_into_one_folder(fake, tmp_path):
 def test_two_ranks_write_what_one_writes(fake, tmp_path):
     args = ["--init_from=tuned", "--temperatures=1", "--num_samples=4"]
     finished(fake(*args, "--results=one", log="one.log"))
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port = s.getsockname()[1]
-    ranks = [fake(*args, "--results=two", RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=str(port))
-             for r in range(2)]
-    outs = [finished(r) for r in ranks]
+
+    def on_two_ranks():
+        with socket.create_server(("127.0.0.1", 0)) as s:
+            port = s.getsockname()[1]
+        ranks = [fake(*args, "--results=two", RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port)) for r in range(2)]
+        return [finished(r) for r in ranks]
+
+    outs = on_two_ranks()
     assert rows(tmp_path / "one/samples.jsonl") == rows(tmp_path / "two/samples.jsonl")
     assert "pass@1" in outs[0] and outs[1] == ""
     assert len(rows(tmp_path / "log")) == 48
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["runs"]
                 for name in ("one", "two"))
     assert one == two
+    # now nothing passes, on one rank, and then on two: an older verdict of another rank's is none
+    changed = [{**row, "test": "assert f(0) == -1"} for row in OWN]
+    write_jsonl(tmp_path / "own.jsonl", changed)
+    finished(fake(*args, "--results=two"))
+    write_jsonl(tmp_path / "own.jsonl", OWN)
+    assert "drew 0 samples" in on_two_ranks()[0]
+    assert rows(tmp_path / "one/samples.jsonl") == rows(tmp_path / "two/samples.jsonl")
 
 
 # What stands before the function, and what a model writes after it.

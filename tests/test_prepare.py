@@ -230,7 +230,7 @@ def test_shards_of_a_jsonl_lose_nothing(monkeypatch, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     for size in (50, 64, 333, 10 ** 6):  # rows longer than a shard too
-        monkeypatch.setattr(prepare, "SHARD", size)
+        monkeypatch.setattr(prepare, "SHARD_BYTES", size)
         assert [t for _, t in prepare.read_documents(str(path))] == texts
 
 
@@ -243,7 +243,7 @@ def test_long_texts_get_the_tokens_of_one_encoding(tokenizer):
         assert enc.decode(prepare.encode_text(enc, odd)) == odd  # tiktoken alone dies of the first
 
 
-SMALL_SHARDS = "import config, prepare; prepare.SHARD = 1 << 17; config.run(prepare.main)"
+SMALL_SHARDS = "import config, prepare; prepare.SHARD_BYTES = 1 << 17; config.run(prepare.main)"
 
 
 def start_small(*args, env=()):
@@ -314,7 +314,7 @@ def kill_after(function):
 for owner, name in ((os, "fsync"), (os, "sync"), (os, "replace"), (prepare.shutil, "copyfileobj"),
                     (prepare.shutil, "rmtree"), (prepare.np, "fromfile")):
     setattr(owner, name, kill_after(getattr(owner, name)))
-prepare.SHARD = 8000
+prepare.SHARD_BYTES = 8000
 config.run(prepare.main)"""
 
 
@@ -593,9 +593,10 @@ def test_held_out_problems_are_not_written_over_and_made_again(tmp_path):
     assert call("prepare.py", *args, cwd=tmp_path)[0] == 0
     made = (tmp_path / "b.jsonl").read_text()
     assert made.count("\n") == 5
-    (tmp_path / "b.jsonl").unlink()
-    assert call("prepare.py", *args, cwd=tmp_path)[0] == 0
-    assert (tmp_path / "b.jsonl").read_text() == made
+    for lost in ("b.jsonl", "s.jsonl"):  # the latter where a run was killed between the two
+        (tmp_path / lost).unlink()
+        assert call("prepare.py", *args, cwd=tmp_path)[0] == 0
+        assert (tmp_path / "b.jsonl").read_text() == made and (tmp_path / "s.jsonl").is_file()
     assert "is there already" in call("prepare.py", *args, cwd=tmp_path)[1]
 
 

@@ -291,7 +291,7 @@ def test_a_model_that_knows_the_answer_writes_it(call, monkeypatch, terminal):
         (["--edit_retries=1.5"], b"", "edit_retries"),
         (["--out=out", "--prompt=x", "--max_new_tokens=2"], b"", "-> 'out'"),  # a folder
         (["--init_from=nowhere"], b"", "nowhere on cpu: nowhere/config.json cannot be read"),
-        (["--out_dir=nowhere"], b"", "nowhere on cpu: nowhere/config.json cannot be read"),
+        (["--out_dir=nowhere"], b"", "; nor is there a ckpt.pt"),
         ([], b"\xff", "standard input is not UTF-8"),
         ([], b"", "from: --benchmark=data/demo-problems.jsonl"),
         (

@@ -10,15 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, stop_servers
+from conftest import ROOT, skip_without_namespaces, stop_servers
 
 import evaluate
 from evaluate import run_program
 
-try:
-    run_program("pass")
-except RuntimeError as reason:
-    pytest.skip(str(reason), allow_module_level=True)
+skip_without_namespaces()
 
 
 def see(program, expression, **limits):

