@@ -52,7 +52,7 @@ def test_downloads_go_through_faults_and_never_twice(hub, tokenizer):
     parts = [texts(5, i) for i in range(5)]
     for i, part in enumerate(parts):
         hub.files[f"{STACK}{i}.parquet"] = parquet("content", part + ["x" * 200_000])
-    hub.files[f"{STACK}README.md"] = b"no"
+    hub.files[f"{STACK}.gitattributes"] = b"no"
     hub.files["datasets/bigcode/the-stack/data/java/0.parquet"] = b"no"
     cdn = f"/cdn/{STACK}"
     listing = f"/api/datasets/bigcode/the-stack/tree/{hub.COMMIT}/data/python"
@@ -66,7 +66,7 @@ def test_downloads_go_through_faults_and_never_twice(hub, tokenizer):
         text for part in parts[:4] for text in part + ["x" * 200_000])
     assert gets(hub).count(cdn + "1.parquet") == 3 and gets(hub).count(cdn + "0.parquet") == 1
     assert not hub.faults[listing]
-    assert not any("4.parquet" in path or "README" in path or "java" in path for path in gets(hub))
+    assert not any("4.parquet" in path or "attributes" in path or "java" in path for path in gets(hub))
     count = len(hub.requests)
     run(*args[:-2], "--dataset=again", cwd=".")  # all of it is there: no request at all
     assert Path("data/again/meta.json").exists() and len(hub.requests) == count

@@ -195,8 +195,13 @@ def test_a_tokenizer_without_the_marker_spells_it(monkeypatch, model, enc):
 
 
 def test_prompts_without_room_stops_and_rows_without_a_token(monkeypatch, model, enc):
-    done = {}
-    script(monkeypatch, enc, lambda i, text, temperature: "x = 1\ny = 2\nprint(x)<|endoftext|>")
+    done, seen = {}, []
+
+    def write(i, text, temperature):
+        seen.append(text)
+        return "x = 1\ny = 2\nprint(x)<|endoftext|>"
+
+    script(monkeypatch, enc, write)
     raws = sample.complete(
         model,
         enc,
@@ -210,15 +215,19 @@ def test_prompts_without_room_stops_and_rows_without_a_token(monkeypatch, model,
         on_done=done.__setitem__,
     )
     assert raws == ["x = 1\ny = 2", None, None, "x = 1\ny = 2"] == [done[i] for i in range(4)]
+    assert not any("\nprint" in text for text in seen)  # nothing is drawn after a stop
     monkeypatch.undo()
-    torch.nn.init.zeros_(model.wte.weight)
-    model.wte.weight.data[:, 0], model.wte.weight.data[315, 0] = (
-        1,
-        9,
-    )  # the likeliest is a row that no token has
-    assert sample.complete(
-        model, enc, "text", ["f"], max_new_tokens=5, temperature=0, top_p=1.0, seeds=[0]
-    ) == [""]
+    for likeliest, text in ((315, ""), (0, 5 * enc.decode([0]))):  # 315: a row that no token has
+        torch.nn.init.zeros_(model.wte.weight)
+        model.wte.weight.data[:, 0], model.wte.weight.data[likeliest, 0] = 1, 9
+        assert sample.complete(model, enc, "text", ["f"], max_new_tokens=5, temperature=0,
+                               top_p=1.0, seeds=[0]) == [text]
+
+
+def test_programs_and_text_have_no_edits_to_count():
+    none = {"edits": 0, "hunks": 0, "malformed": 0}
+    assert sample.read_program("programs", "ask", "x = 1") == ("x = 1", none)
+    assert sample.read_program("text", "x = ", "1") == ("x = 1", none)
 
 
 # -- The command -----------------------------------------------------------------------------------
