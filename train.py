@@ -105,7 +105,7 @@ def join_ranks(cfg):
 
 def pick_dtype(name, device):
     """A dtype's name; for "auto" bfloat16 where the device multiplies it faster than float32: on
-    CUDA, and on CPUs with AVX512-BF16 or AMX (training is 1.8 times as fast at 150M, 1.3 at the
+    CUDA, and on CPUs with AVX512-BF16 or AMX (training is 1.9 times as fast at 150M, 1.3 at the
     demo's size)."""
     cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     fast = device.type == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,10 +92,15 @@ def stop_at(step, number, *args, **kwargs):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_learns_and_resumes_bit_for_bit(workspace, tmp_path, optimizer):
     args = ("--dataset=text", f"--optimizer={optimizer}", "--max_iters=30", *TINY)
+    begun = time.monotonic()
     status, out, err = run("train.py", *args, f"--out_dir={tmp_path}/whole", cwd=workspace)
+    took = time.monotonic() - begun
     assert status == 0, err
     whole = losses(tmp_path / "whole")
     assert whole[-1][2] < whole[0][2] - 0.5  # validation loss fell
+    steps = [x for x in log_lines(tmp_path / "whole") if "loss" in x]
+    assert steps[0]["step"] == 1
+    assert all(0 < x["tokens"] / x["step"] / x["tokens_per_second"] < took for x in steps)
     assert all(len(line) <= 120 for line in out.splitlines() if line.startswith("step"))
     args = (*args, f"--out_dir={tmp_path}/cut")
     if optimizer == "adamw":  # killed three steps past a checkpoint, in the middle of a line
