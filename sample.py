@@ -46,9 +46,11 @@ def note(text, **how):
 def find_checkpoint():
     """The folder of the out*/ckpt.pt that was written last, or one line on how to get one."""
     newest = max(Path().glob("out*/ckpt.pt"), key=os.path.getmtime, default=None)
-    return str(newest.parent) if newest else die(
-        "no checkpoint (out*/ckpt.pt) yet: `make demo` trains some, "
-        "or name a folder or a Hugging Face model with --init_from")
+    if not newest:
+        die("no checkpoint (out*/ckpt.pt) yet: `make demo` trains some, "
+            "or name a folder or a Hugging Face model with --init_from")
+    note(f"# the newest checkpoint: {newest}")
+    return str(newest.parent)
 
 
 def load_model(init_from, device="auto", dtype="auto"):
@@ -196,7 +198,7 @@ def find_prompt(cfg, form):
     """--prompt, what is piped in, or one to show something with."""
     prompt = cfg.prompt
     try:
-        if not prompt and not sys.stdin.isatty():
+        if not prompt and sys.stdin and not sys.stdin.isatty():  # None: closed
             prompt = sys.stdin.buffer.read().decode().rstrip("\n")
     except UnicodeError:
         die("standard input is not UTF-8")

@@ -217,7 +217,7 @@ def convert(value, default, allowed=None):
     else:
         fits = not allowed or value in allowed
     if not fits:
-        raise ValueError(f"is not {describe(allowed)}")
+        raise ValueError(f"is not {'finite and ' * (value == math.inf)}{describe(allowed)}")
     return value
 
 

@@ -38,6 +38,7 @@ def test_defaults_file_then_command_line(tmp_path):
     (["--compile=maybe"], "is not auto or yes or no"),
     (["--seed=-1"], "seed='-1' is not at least 0"),
     (["--learning_rate=nan"], "is not at least 0"),
+    (["--learning_rate=inf"], "is not finite and at least 0"),
     (["--beta1=1.5"], "is not at least 0 and at most 0.99999"),
     (["config/dem.py"], "no such config file; the nearest is 'config/demo.py'"),
     (["config/mine.txt"], "a config file lives in config/ and ends in .py"),

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -323,6 +324,11 @@ def test_what_is_wrong_is_one_line(call, tmp_path, args, stdin, message):
     status, out, err = call(*args, stdin=stdin)
     err = "".join(line for line in err.splitlines(True) if line.startswith("sample.py: ")) or err
     assert status in (1, 2) and message in err and err.count("\n") == 1 and out == "", err
+
+
+def test_a_closed_standard_input_is_none(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # python sample.py <&-
+    assert sample.find_prompt(SimpleNamespace(prompt="", benchmark=""), "text") == "def "
 
 
 def test_a_torn_checkpoint_and_the_advice_that_comes_with_it(call, tmp_path):
