@@ -46,11 +46,9 @@ def note(text, **how):
 def find_checkpoint():
     """The folder of the out*/ckpt.pt that was written last, or one line on how to get one."""
     newest = max(Path().glob("out*/ckpt.pt"), key=os.path.getmtime, default=None)
-    if not newest:
-        die("no checkpoint (out*/ckpt.pt) yet: `make demo` trains some, "
-            "or name a folder or a Hugging Face model with --init_from")
-    note(f"# the newest checkpoint: {newest}")
-    return str(newest.parent)
+    return str(newest.parent) if newest else die(
+        "no checkpoint (out*/ckpt.pt) yet: `make demo` trains some, "
+        "or name a folder or a Hugging Face model with --init_from")
 
 
 def load_model(init_from, device="auto", dtype="auto"):
@@ -236,8 +234,9 @@ def make_display(coloured):
 
 def main():
     cfg = config.load(Settings)
-    model, enc = load_model(
-        cfg.init_from or cfg.out_dir or find_checkpoint(), cfg.device, cfg.dtype)
+    name = cfg.init_from or cfg.out_dir or find_checkpoint()
+    model, enc = load_model(name, cfg.device, cfg.dtype)
+    note(f"# {name}")
     form, coloured = model.info["form"], sys.stderr.isatty()
     prompt = find_prompt(cfg, form)
     for n in range(cfg.num_samples if cfg.temperature else 1):

@@ -262,7 +262,7 @@ def test_where_the_prompt_comes_from(call, tmp_path):
         (("--prompt=x",), b"y", "x"),
     ):
         status, out, err = call("--benchmark=problems.jsonl", few, *args, stdin=stdin)
-        assert status == 0 and err.startswith(f"# {prompt}\n"), err
+        assert status == 0 and err.startswith(f"# out\n# {prompt}\n"), err
     assert call("--prompt=x", few, "--num_samples=9")[2].count("# x\n") == 1  # greedy: all alike
     status, out, err = call("--prompt=x", few, "--out=p.py", "--num_samples=2", "--temperature=1")
     assert (
@@ -282,7 +282,7 @@ def test_a_model_that_knows_the_answer_writes_it(call, monkeypatch, terminal):
     if terminal:
         assert "\033[36m@@ -0,0" in err and "\033[32m+x = 1" in err and err.endswith("\033[0m\n")
     else:
-        assert err == f"# Write f.\n{GOOD}\n<|diff|>{MORE}\n<|diff|>\n<|diff|>\n"
+        assert err == f"# out\n# Write f.\n{GOOD}\n<|diff|>{MORE}\n<|diff|>\n<|diff|>\n"
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,7 @@ def test_values_that_are_refused(workspace, tmp_path):
             ("--min_lr_ratio=2", "is not at least 0 and at most 1"),
             ("--beta1=1", "at least 0 and at most 0.99999"), ("--beta2=1", "at most 0.99999"),
             ("--muon_lr=-1", "is not at least 0"),
-            ("--max_iters=-3", "is not at least 0"), ("--grad_clip=inf", "is not at least 0"),
+            ("--max_iters=-3", "is not at least 0"), ("--grad_clip=inf", "is not finite and at least 0"),
             ("--eval_rows=-1", "is not at least 0"), ("--warmup_iters=-1", "is not at least 0"),
             ("--dataset=", "data/meta.json is missing"),
             ("--dataset=nothing", "data/nothing/meta.json is missing"),
