@@ -1,8 +1,8 @@
 # make demo               the whole way from raw text to a scored program, on this machine, offline
-# make clean-demo         deletes what that made
 # make 150m GPUS=4        the paper's run, step by step; or make 400m (make -n 150m shows the steps)
 # make test               the test suite
 # Stopped, each goes on. Each makes .venv first; PYTHON=python3.12 chooses the interpreter.
+# make clean-demo         deletes data/demo* and out-demo*
 PYTHON ?= python3
 GPUS ?= 1
 UNSAFE ?=

@@ -853,7 +853,7 @@ def read_completions(cfg, journal, problems):
     map_rows(cfg.completions, add)
     if left := len(problems) - len(count):
         (say if samples else die)(
-            f"{cfg.completions}: {left} of {len(problems)} problems have none and are left out")
+            f"{cfg.completions}: {left} of {len(problems)} problems are not in it, and not counted")
     judge_samples(cfg, journal, samples[RANK::WORLD], None)
     return cfg.completions, None, "", samples
 

@@ -508,10 +508,9 @@ def write_bins(folder, enc, cfg):
         os.path.getmtime(path) for spans in shards for path, *_ in spans if WORLD == 1])
     shards_folder = folder / f"shards-{digest(plan)}"
     reports = [shards_folder / f"{i:06}.json" for i in range(len(shards))]
-    # Shards and bins are two copies for a while, each of two bytes for four of text, or less;
-    # of a finished shard only the second one is to come
+    # shards and bins are two copies for a while, each of two bytes for three or four of text
     check_disk_space(shards_folder, f"tokens, {len(shards)} shards",
-                     sum(size >> path.is_file() for size, path in zip(sizes, reports)))
+                     sum(size for size, path in zip(sizes, reports) if not path.is_file()))
     with config.start_pool(cfg.workers, set_worker_tokenizer, cfg.tokenizer) as pool:
         my_shards = slice(RANK, None, WORLD)
         jobs = pool.map(tokenize_shard, reports[my_shards], shards[my_shards],

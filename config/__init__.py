@@ -317,11 +317,11 @@ def write_jsonl(path, rows):
 
 
 def read_json(path, key=None):
-    """What write_whole wrote into a file as JSON, or what that has under `key`; die where it is
-    something else now."""
+    """What write_whole wrote into a file as JSON, or the list of objects that it has under `key`;
+    die where it is something else now."""
     try:
         value = json.loads(path.read_bytes())
-        return value[key] if key else value
+        return [dict(row) for row in value[key]] if key else value
     except (ValueError, KeyError, TypeError) as e:
         die(f"{path} is broken, or another's ({e!r}): move it away, and the same command makes it "
             "anew")

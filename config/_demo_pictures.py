@@ -34,7 +34,7 @@ def states(edits):
 
 def draw_edits(instruction, panels):
     """An SVG of a program's states side by side."""
-    width = 20 + CHARACTER * max((len(line) for lines in panels for line in lines), default=0)
+    width = max([300, *(20 + CHARACTER * len(line) for lines in panels for line in lines)])
     title = textwrap.wrap(instruction, int(len(panels) * width / CHARACTER) - 3)
     top = LINE * (len(title) + 1)
     height = top + LINE * (len(panels[-1]) + 2)
@@ -79,7 +79,7 @@ def main():
     samples = [row for _, row in config.read_rows(RESULTS / "out-demo-edits-t0/samples.jsonl")]
     right = [row for row in samples if row["passed"] and 3 <= row["edits"] <= 4]
     row = (right or [max(samples, key=lambda row: row["edits"])])[0]
-    panels = list(states(lintseq.split_edits(row["raw"]))) or [[]]
+    panels = list(states(lintseq.split_edits(row["raw"] or ""))) or [[]]
     instruction = {row["task_id"]: row["instruction"] for row in problems}[row["task_id"]]
     (RESULTS / "edits.svg").write_text(draw_edits(instruction, panels), encoding="utf-8")
     plot_scores(json.loads((RESULTS / "results.json").read_text())["runs"], RESULTS / "plot.png")

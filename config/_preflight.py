@@ -36,6 +36,8 @@ def check_sandbox(unsafe):
 def main():
     name, gpus, *unsafe = sys.argv[1:]
     sys.argv[0] = f"make {name}"
+    if unsafe not in ([], ["--unsafe"]):
+        config.die(f"UNSAFE={' '.join(unsafe)}: write UNSAFE=--unsafe, or leave it out", 2)
     check_sandbox(bool(unsafe))
     if name == "demo":
         return

@@ -233,6 +233,10 @@ def test_no_sandbox_is_said_before_the_hours_of_training(monkeypatch, capsys):
                                        "--unsafe, as in make demo UNSAFE=--unsafe\n")
     sys.argv = ["_preflight.py", "demo", "1", "--unsafe"]
     _preflight.main()
+    sys.argv[3] = "1"  # evaluate.py would refuse it in the end
+    with pytest.raises(SystemExit):
+        _preflight.main()
+    assert "UNSAFE=1: write UNSAFE=--unsafe" in capsys.readouterr().err
 
 
 def test_a_fault_of_the_code_is_no_fault_of_the_data():

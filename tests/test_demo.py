@@ -131,4 +131,6 @@ def test_the_pictures_show_the_edits_and_the_scores(tmp_path):
                      "    return y", "edit 3", "def f(x):", "    y = x < 1", "    return y"]
     new = [x.get("x") for x in svg.iter("{http://www.w3.org/2000/svg}rect") if x.get("x")]
     assert len(new) == 3 == len(set(new))  # one line in each panel
+    from config._demo_pictures import draw_edits
+    ElementTree.fromstring(draw_edits("Write a function.", [[]]))  # a model that wrote no edit
     assert (folder / "plot.png").read_bytes()[:4] == b"\x89PNG"

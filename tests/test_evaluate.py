@@ -471,7 +471,7 @@ def test_a_changed_completion_is_judged_anew(tmp_path):
     assert judged((0, right), (0, wrong), (1, wrong))[1] == [True, False, False]
     text, passed = judged((0, wrong), (0, wrong))
     assert passed == [False, False] and "ran 1 programs of 2" in text
-    assert f"{path}: 1 of 2 problems have none and are left out" in text
+    assert f"{path}: 1 of 2 problems are not in it, and not counted" in text
     assert "pass@10 takes 10 samples of every problem" in text
     kept = rows(out / "journal-0.jsonl")
     assert judged((0, wrong), (0, wrong))[1] == [False, False]
@@ -504,16 +504,17 @@ def test_two_files_of_one_name_are_two_rows_and_one_without_problems_is_said(tmp
     write_jsonl(tmp_path / "own.jsonl", OWN[:2])
     for folder in ("a", "b", "out"):
         (tmp_path / folder).mkdir()
-    write_jsonl(tmp_path / "out/results.json", [[]])
     for folder, body in (("a", "x"), ("b", "None")):
         write_jsonl(tmp_path / folder / "samples.jsonl", [
             {"task_id": "own/0", "completion": f"def f(x): return {body}"}])
     score = lambda path, *args: call(
         "evaluate.py", f"--completions={path}", f"--benchmark={tmp_path}/own.jsonl", "--ks=1",
         "--results=out", *args, cwd=tmp_path)
-    _, out, err = score("a/samples.jsonl")
-    assert "a/samples.jsonl  100.0 ± 0.0" in out  # before it looks at what is there already
-    assert "out/results.json is broken, or another's" in err and err.count("\n") == 1
+    for others in ("[]", '{"runs": [1]}', '{"runs": null}', '{"ru'):
+        (tmp_path / "out/results.json").write_text(others)
+        _, out, err = score("a/samples.jsonl")
+        assert "a/samples.jsonl  100.0 ± 0.0" in out  # before it looks at what is there already
+        assert "out/results.json is broken, or another's" in err and err.count("\n") == 1
     (tmp_path / "out/results.json").unlink()
     for path in ("a/samples.jsonl", "b/samples.jsonl"):
         assert score(path)[0] == 0
@@ -522,7 +523,7 @@ def test_two_files_of_one_name_are_two_rows_and_one_without_problems_is_said(tmp
         ("a/samples.jsonl", 1), ("b/samples.jsonl", 0)]
     write_jsonl(tmp_path / "c.jsonl", [{"task_id": "own/1", "completion": ""}])
     status, _, err = score("c.jsonl", "--limit=1")
-    assert status == 1 and err.endswith("c.jsonl: 1 of 1 problems have none and are left out\n")
+    assert status == 1 and err.endswith("c.jsonl: 1 of 1 problems are not in it, and not counted\n")
 
 
 def test_scores_of_other_models_and_problems_are_kept(fake, tmp_path):
