@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -107,13 +108,16 @@ def test_what_is_not_there_and_a_server_that_never_recovers(hub, tokenizer, monk
     assert f"{hub.url}/datasets/HuggingFaceFW/fineweb, accept its terms there" in err
     hub.faults[f"/cdn/{FINEWEB}0.parquet"] = [500] * 99
     code = "import config, prepare; prepare.TRIES = 2; config.run(prepare.main)"
-    process = subprocess.run(
-        [sys.executable, "-c", code, "--corpora=fineweb", f"--tokenizer={tokenizer}", *ARGS],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    last = process.stderr.splitlines()[-1]
-    assert process.returncode == 1 and "the same command goes on from here" in last
-    assert "500" in last
-    assert f"{hub.url}/datasets/HuggingFaceFW/fineweb" in last and "Traceback" not in process.stderr
+    with socket.create_server(("127.0.0.1", 0)) as s:  # closed: nobody answers there
+        nobody = f"http://127.0.0.1:{s.getsockname()[1]}"
+    for url, corpus, told in ((hub.url, "fineweb", "500"), (nobody, "the-stack", "refused")):
+        process = subprocess.run(
+            [sys.executable, "-c", code, f"--corpora={corpus}", f"--tokenizer={tokenizer}", *ARGS],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": url}, capture_output=True,
+            text=True)
+        last = process.stderr.splitlines()[-1]
+        assert process.returncode == 1 and "the same command goes on from here" in last
+        assert told in last and url in last and "Traceback" not in process.stderr
 
 
 def test_a_killed_download_goes_on_with_the_files_that_are_there(hub, tokenizer):
