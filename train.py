@@ -529,8 +529,8 @@ def main():
     cfg.block_size = min(cfg.block_size, model.config.block_size)
     train_rows, val_rows = make_rows(DATA / cfg.dataset, meta["form"], cfg)
     max_iters = cfg.max_iters or math.ceil(train_rows.count(cfg.epochs) / cfg.batch_size)
-    must_match = {"config": asdict(model.config), "meta": meta, "order": {  # of both runs
-        k: getattr(cfg, k) for k in "batch_size block_size seed optimizer dataset".split()}}
+    order = {k: vars(cfg)[k] for k in ("batch_size", "block_size", "seed", "optimizer", "dataset")}
+    must_match = {"config": asdict(model.config), "meta": meta, "order": order}  # a checkpoint's
     step, best, last_eval = 0, math.inf, -1
     if checkpoint:
         check_same_run(ckpt, checkpoint, must_match)
@@ -576,7 +576,7 @@ def main():
             save_checkpoint(out / "best.pt", state)
         save_checkpoint(ckpt, state | {"optimizers": [o.state_dict() for o in optimizers]})
 
-    batches, val = read_step(train_rows, step, cfg, device), math.nan  # so best.pt stays till then
+    batches, val = read_step(train_rows, step, cfg, device), math.nan  # nan: best.pt is left alone
     while True:
         if last_eval != step and (step % cfg.eval_interval == 0 or step == max_iters):
             if val_rows.count():

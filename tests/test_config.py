@@ -380,4 +380,5 @@ def test_ranks_that_cannot_be(env):
     process = subprocess.run([sys.executable, "-c", "import config"], cwd=ROOT, text=True,
                              env={**os.environ, **env}, capture_output=True)
     assert process.returncode == 1 and process.stderr.count("\n") == 1
-    assert process.stderr.startswith("the environment's RANK, WORLD_SIZE, LOCAL_RANK or ")
+    assert process.stderr.startswith(
+        "the environment's RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is wrong")

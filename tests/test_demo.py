@@ -30,7 +30,8 @@ def test_family_is_large_and_holds_compositions_out():
     names = "|".join(["", *demo.NAMES, *demo.ARGUMENTS])
     shape = lambda code: re.sub(r"\d+" + names, "_", code)
     trained = {shape(p["response"]) for p in pairs}
-    assert not trained & {shape(p["canonical_solution"]) for p in problems}
+    held = {shape(p["canonical_solution"]) for p in problems}
+    assert len(held) == 100 and not trained & held
     assert len({p["instruction"] for p in pairs}) == 2000
     lines = [p["response"].count("\n") for p in pairs]
     assert min(lines) >= 5 and max(lines) >= 12 and any("is_prime" in p["response"] for p in pairs)

@@ -301,7 +301,8 @@ def test_a_model_that_knows_the_answer_writes_it(call, monkeypatch, terminal):
         (["--edit_retries=1.5"], b"", "edit_retries"),
         (["--out=out", "--prompt=x", "--max_new_tokens=2"], b"", "-> 'out'"),  # a folder
         (["--init_from=nowhere"], b"", "nowhere on cpu: nowhere/config.json cannot be read"),
-        (["--out_dir=nowhere"], b"", "; nor is there a ckpt.pt"),
+        (["--out_dir=nowhere"], b"", "nowhere on cpu: nowhere/config.json cannot be read"),
+        (["--out_dir=nowhere"], b"", "; nor is there a ckpt.pt, as train.py writes it"),
         ([], b"\xff", "standard input is not UTF-8"),
         ([], b"", "from: --benchmark=data/demo-problems.jsonl"),
         (

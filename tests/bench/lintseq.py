@@ -6,8 +6,8 @@
 --exact draws one edit sequence of every file that parses (up to --lines=3000) and checks that its
 edits give the file back byte for byte, that every state on the way parses and that pyflakes' own
 Checker, unmodified, finds no error in it (of a file with errors from the start: in every state but
-the last, the file itself). A mistake is printed, with status 1. About 20 minutes on two cores. It needs
-only pyflakes and tqdm: run it under several Pythons, each for its own library.
+the last, the file itself). A mistake is printed, with status 1. About 20 minutes on two cores. It
+needs only pyflakes and tqdm: run it under several Pythons, each for its own library.
 
 The speed: every program by pylintseq's generator, as its subprocess_task calls it (its published
 defaults, one edit path, in-process pylint), in CPU time, imports and a first program left out; by
